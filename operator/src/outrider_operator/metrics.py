@@ -1,0 +1,107 @@
+"""Every metric of the server, in one place, so that names and label sets stay constant and bounded.
+
+Labels take values from small fixed sets only: never a node, a task, an address or a text from the
+wire. A part is handed the object and uses its fields; it makes no metric of its own.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+STORE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class ServerMetrics:
+    """The server's metrics, registered in `registry`.
+
+    Args:
+        registry: where they are collected; one object per registry.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._add_gateway()
+        self._add_authentication()
+        self._add_link()
+        self._add_sink()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"outrider_server_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"outrider_server_{name}", text, labels, registry=self._registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...] = STORE_SECONDS
+    ) -> Histogram:
+        return Histogram(f"outrider_server_{name}", text, buckets=buckets, registry=self._registry)
+
+    def _add_gateway(self) -> None:
+        self.streams = self._gauge("streams", "Agent streams open.")
+        self.stream_ends = self._counter(
+            "stream_ends_total", "Agent streams that ended after hello, by reason.", "reason"
+        )
+        self.refusals = self._counter(
+            "refusals_total", "Calls and streams refused, by status code and reason.", "code",
+            "reason",
+        )  # fmt: skip
+        self.messages = self._counter("messages_total", "Messages of agent streams.", "direction")
+        self.bytes = self._counter("bytes_total", "Bytes of agent streams' messages.", "direction")
+        self.records = self._counter("records_total", "Records in stored batches.")
+        self.batches = self._counter("batches_total", "Record batches, by result.", "result")
+        self.inflight_bytes = self._gauge(
+            "batches_inflight_bytes", "Bytes of batches taken and not stored yet."
+        )
+        self.inflight_limit = self._gauge(
+            "batches_inflight_limit_bytes", "Most bytes of batches taken and not stored yet."
+        )
+        self.store_seconds = self._histogram(
+            "batch_store_seconds", "Time from taking a batch until the sink has it."
+        )
+        self.pings = self._counter("pings_total", "Pings answered.")
+        self.certificate_expiry = self._gauge(
+            "tls_certificate_expiry_timestamp_seconds", "When the certificate in use expires."
+        )
+        self.certificate_loads = self._counter(
+            "tls_certificate_loads_total", "Certificate files read, by result.", "result"
+        )
+
+    def _add_authentication(self) -> None:
+        self.reviews = self._counter("token_reviews_total", "TokenReviews, by result.", "result")
+        self.review_seconds = self._histogram("token_review_seconds", "Time of a TokenReview.")
+        self.reviews_waiting = self._gauge(
+            "token_reviews_waiting", "TokenReviews under way or waiting for their turn."
+        )
+        self.token_cache_hits = self._counter(
+            "token_cache_hits_total", "Calls whose token was reviewed before."
+        )
+        self.token_cache_entries = self._gauge(
+            "token_cache_entries", "Reviews of tokens that are remembered."
+        )
+
+    def _add_link(self) -> None:
+        self.links = self._gauge("links", "Links of leaders to this gateway that are open.")
+        self.link_ends = self._counter("link_ends_total", "Links that ended, by reason.", "reason")
+        self.run_reports = self._counter(
+            "run_reports_total", "Run reports of agents, by result.", "result"
+        )
+        self.link_pending = self._gauge(
+            "link_pending_bytes", "Bytes of run reports that the leader has not taken yet."
+        )
+        self.commands = self._counter(
+            "commands_total", "Commands of the leader for agents, by result.", "result"
+        )
+
+    def _add_sink(self) -> None:
+        self.sink_ready = self._gauge("sink_ready", "1 while the sink takes batches, else 0.")
+        self.sink_stores = self._counter(
+            "sink_stores_total", "Batches handed to the sink, by result.", "result"
+        )
+        self.sink_bytes = self._counter("sink_stored_bytes_total", "Bytes the sink has stored.")
+        self.sink_pending = self._gauge("sink_pending_bytes", "Bytes that wait in the sink.")
+        self.sink_restarts = self._counter(
+            "sink_restarts_total", "Times the sink was opened anew, by reason.", "reason"
+        )
+        self.sink_files = self._gauge("sink_files", "Files of the file sink.")
+        self.sink_file_bytes = self._gauge("sink_file_bytes", "Bytes in files of the file sink.")
+        self.sink_removed_bytes = self._counter(
+            "sink_removed_bytes_total", "Bytes of old files that the file sink deleted."
+        )

@@ -1,0 +1,225 @@
+"""The server's settings: one typed schema, read once at start and passed in.
+
+Every field says its unit and meaning; that text is also what `--help` shows. Nothing here reads
+files or has state: a part gets its own section and never the whole.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, field
+from outrider_proto import limits
+from outrider_runtime.logs import LogSettings
+from outrider_runtime.ops import OpsSettings
+from outrider_runtime.settings import Section
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+"""A time span above 0 and at most a day."""
+
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+"""A number of things, at least one."""
+
+ServiceAccounts = Annotated[
+    list[Annotated[str, Meta(pattern=r"^[a-z0-9.-]{1,253}/[a-z0-9.-]{1,253}$")]],
+    Meta(min_length=1, max_length=64),
+]
+"""ServiceAccounts as namespace/name."""
+
+
+class TlsSettings(Section):
+    """The gateway's certificate. Changed files are used without a restart."""
+
+    cert_file: Annotated[
+        str, Meta(min_length=1, description="PEM file with the certificate, then its issuers.")
+    ] = "/etc/outrider/tls/tls.crt"
+    key_file: Annotated[
+        str, Meta(min_length=1, description="PEM file with the certificate's private key.")
+    ] = "/etc/outrider/tls/tls.key"
+    check_seconds: Annotated[
+        Seconds, Meta(description="Time between two looks at the files, seconds.")
+    ] = 10.0
+
+
+class KeepaliveSettings(Section):
+    """How dead peers are found, and peers that ping too often refused."""
+
+    time_seconds: Annotated[
+        Seconds, Meta(description="A connection silent for so long is pinged, seconds.")
+    ] = 30.0
+    timeout_seconds: Annotated[
+        Seconds, Meta(description="A ping not answered within this ends the connection, seconds.")
+    ] = 10.0
+    min_interval_seconds: Annotated[
+        Seconds, Meta(description="A peer that pings more often than this is sent away, seconds.")
+    ] = 10.0
+    max_idle_seconds: Annotated[
+        Seconds, Meta(description="A connection without any call is closed after this, seconds.")
+    ] = 300.0
+    handshake_seconds: Annotated[
+        Seconds, Meta(description="A new connection must finish its handshake in this, seconds.")
+    ] = 10.0
+
+
+class GatewaySettings(Section):
+    """The port that agents and the other replicas connect to."""
+
+    address: Annotated[
+        str, Meta(min_length=1, description="Where to listen, host:port or :port.")
+    ] = ":8443"
+    advertise_name: Annotated[
+        str,
+        Meta(
+            max_length=253,
+            description="Name of this replica in statuses and logs; empty: the host's name.",
+        ),
+    ] = ""
+    tls: TlsSettings = field(default_factory=TlsSettings)
+    keepalive: KeepaliveSettings = field(default_factory=KeepaliveSettings)
+    max_connections: Annotated[
+        Count, Meta(description="Connections at once; more are refused.")
+    ] = 6000
+    hello_timeout_seconds: Annotated[
+        Seconds, Meta(description="A stream must say hello within this, seconds.")
+    ] = 10.0
+    write_timeout_seconds: Annotated[
+        Seconds, Meta(description="A peer that takes no message for so long is ended, seconds.")
+    ] = 20.0
+    window_bytes: Annotated[
+        int,
+        Meta(
+            ge=64 * limits.KIB,
+            le=64 * limits.MIB,
+            description="Batches one stream may have in flight, bytes (one batch always may).",
+        ),
+    ] = limits.MIB
+    max_inflight_bytes: Annotated[
+        int,
+        Meta(
+            ge=limits.BATCH_BYTES,
+            le=64 * 1024 * limits.MIB,
+            description="Batches all streams together may have in flight, bytes.",
+        ),
+    ] = 128 * limits.MIB
+    drain_seconds: Annotated[
+        Seconds, Meta(description="Time agents have to leave when the server stops, seconds.")
+    ] = 20.0
+    drain_spread_seconds: Annotated[
+        float,
+        Meta(ge=0, le=600, description="Agents told to leave spread over this time, seconds."),
+    ] = 3.0
+
+
+class AuthSettings(Section):
+    """Whose tokens are taken."""
+
+    audience: Annotated[
+        str, Meta(min_length=1, max_length=253, description="Audience a token must be made for.")
+    ] = "outrider"
+    agent_service_accounts: Annotated[
+        ServiceAccounts, Meta(description="ServiceAccounts of agents, as namespace/name.")
+    ] = field(default_factory=lambda: ["outrider/outrider-agent"])
+    server_service_accounts: Annotated[
+        ServiceAccounts, Meta(description="ServiceAccounts of servers, as namespace/name.")
+    ] = field(default_factory=lambda: ["outrider/outrider-server"])
+    cache_entries: Annotated[
+        Count, Meta(description="Tokens whose review is remembered; the oldest go.")
+    ] = 20_000
+    cache_seconds: Annotated[
+        Seconds,
+        Meta(description="A review is remembered so long, or until the token expires, seconds."),
+    ] = 300.0
+    refusal_cache_seconds: Annotated[
+        Seconds, Meta(description="A refusal is remembered so long, seconds.")
+    ] = 10.0
+    max_reviews: Annotated[Count, Meta(description="TokenReviews under way at once.")] = 16
+    max_waiting: Annotated[
+        Count, Meta(description="Calls that may wait for a TokenReview; more are sent away.")
+    ] = 5000
+    review_timeout_seconds: Annotated[
+        Seconds, Meta(description="A TokenReview must be answered within this, seconds.")
+    ] = 10.0
+    expiry_grace_seconds: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="A stream outlives its token by this at most, seconds."),
+    ] = 60.0
+
+
+class FileSinkSettings(Section):
+    """Records in rotated files on this replica: for installs without a broker."""
+
+    directory: Annotated[
+        str, Meta(min_length=1, description="Where the files are; made if it is not there.")
+    ] = "/var/lib/outrider/records"
+    max_file_bytes: Annotated[
+        int,
+        Meta(ge=limits.MIB, le=2**40, description="A file is closed at this size, bytes."),
+    ] = 64 * limits.MIB
+    max_file_seconds: Annotated[
+        Seconds, Meta(description="A file is closed at this age, seconds.")
+    ] = 3600.0
+    max_total_bytes: Annotated[
+        int,
+        Meta(
+            ge=2 * limits.MIB,
+            le=2**50,
+            description="All files together, bytes; past it the oldest are deleted.",
+        ),
+    ] = 1024 * limits.MIB
+
+
+class KafkaSinkSettings(Section):
+    """Records in a Kafka topic."""
+
+    bootstrap_servers: Annotated[
+        list[str],
+        Meta(min_length=1, max_length=64, description="Brokers to ask first, host:port."),
+    ] = field(default_factory=lambda: ["kafka:9092"])
+    topic: Annotated[
+        str,
+        Meta(pattern=r"^[a-zA-Z0-9._-]{1,249}$", description="Topic the batches go to."),
+    ] = "outrider.records"
+    client_id: Annotated[
+        str, Meta(min_length=1, max_length=249, description="Name of this client at the brokers.")
+    ] = "outrider"
+    create_topic: Annotated[
+        bool, Meta(description="Make the topic at start where it is not there.")
+    ] = True
+    partitions: Annotated[
+        int, Meta(ge=-1, le=100_000, description="Partitions of a new topic; -1: the broker's.")
+    ] = 12
+    replication_factor: Annotated[
+        int, Meta(ge=-1, le=100, description="Replicas of a new topic; -1: the broker's default.")
+    ] = -1
+    request_timeout_seconds: Annotated[
+        Seconds, Meta(description="A broker must answer within this, seconds.")
+    ] = 20.0
+    retry_cap_seconds: Annotated[
+        Seconds, Meta(description="Longest wait between two tries to connect, seconds.")
+    ] = 10.0
+    max_inflight_bytes: Annotated[
+        int,
+        Meta(
+            ge=limits.BATCH_BYTES,
+            le=64 * 1024 * limits.MIB,
+            description="Batches handed over and not stored yet, bytes; more wait.",
+        ),
+    ] = 128 * limits.MIB
+
+
+class SinkSettings(Section):
+    """Where record batches are stored."""
+
+    kind: Annotated[
+        Literal["file", "kafka"], Meta(description="Which of the sinks below is used.")
+    ] = "file"
+    file: FileSinkSettings = field(default_factory=FileSinkSettings)
+    kafka: KafkaSinkSettings = field(default_factory=KafkaSinkSettings)
+
+
+class ServerSettings(Section):
+    """Everything the server can be told."""
+
+    log: LogSettings = field(default_factory=LogSettings)
+    ops: OpsSettings = field(default_factory=OpsSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    sink: SinkSettings = field(default_factory=SinkSettings)
