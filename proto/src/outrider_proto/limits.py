@@ -1,0 +1,47 @@
+"""Every limit on the wire, in one place.
+
+A receiver refuses what is beyond them, a sender never makes it.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+#: Largest gRPC message in either direction, bytes.
+MESSAGE_BYTES: Final = 10 * MIB
+#: Largest size of the metadata of a call, bytes: a token is about 1.5 KiB.
+METADATA_BYTES: Final = 16 * KIB
+#: Largest payload of a Ping, bytes.
+PING_BYTES: Final = 1024
+
+#: Most records in a batch.
+BATCH_RECORDS: Final = 10_000
+#: Largest compressed batch, bytes; leaves room for the rest of the message.
+BATCH_BYTES: Final = 4 * MIB
+#: Largest batch before compression, bytes: what a reader must be ready to hold.
+BATCH_DECOMPRESSED_BYTES: Final = 16 * MIB
+#: Largest content of one record, bytes.
+RECORD_BYTES: Final = 1 * MIB
+#: Most different data types that a batch names.
+BATCH_DATA_TYPES: Final = 64
+
+#: Largest script, bytes.
+SCRIPT_BYTES: Final = 256 * KIB
+#: Most arguments of a command, and their size altogether in bytes.
+ARGUMENTS: Final = 1024
+ARGUMENT_BYTES: Final = 128 * KIB
+#: Most environment variables of a run.
+ENVIRONMENT: Final = 256
+#: Largest part of a run's output that stands in its report, bytes.
+PREVIEW_BYTES: Final = 8 * KIB
+#: Largest part of a run's output that is kept at all, bytes.
+OUTPUT_BYTES: Final = 64 * MIB
+#: Longest timeout of a run, seconds.
+TIMEOUT_SECONDS: Final = 24 * 3600
+#: Longest RunState.message, bytes.
+RUN_MESSAGE_BYTES: Final = 1024
+#: Most runs in one message.
+RUNS_PER_MESSAGE: Final = 1000
+#: Longest name of a node (a DNS subdomain), bytes.
+NODE_NAME_BYTES: Final = 253
