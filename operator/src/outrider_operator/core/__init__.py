@@ -1,0 +1,1 @@
+"""The decisions of the server, as pure functions: no input or output, and now is passed in."""

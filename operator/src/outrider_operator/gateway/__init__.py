@@ -1,0 +1,1 @@
+"""The edge where agents and leaders connect: TLS, authentication, streams. Plans nothing."""

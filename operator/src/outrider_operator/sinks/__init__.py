@@ -1,0 +1,1 @@
+"""The edges where record batches are stored: Kafka, or rotated files."""
