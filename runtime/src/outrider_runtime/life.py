@@ -48,7 +48,7 @@ def run(program: Callable[[Stop], Awaitable[None]], log: structlog.stdlib.BoundL
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_supervise(program, log))
-    except (Exception, asyncio.CancelledError) as error:
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the end of the program
         return _report(error, log)
     log.info("stopped")
     return OK

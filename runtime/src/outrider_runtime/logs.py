@@ -18,7 +18,7 @@ Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["logfmt", "json"]
 
 
-class LogSettings(Section):
+class LogSettings(Section, frozen=True):
     """What is logged, and how."""
 
     level: Annotated[
@@ -48,12 +48,14 @@ def _printable(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDic
     return event
 
 
-def configure(level: str = "info", format: str = "logfmt", stream: TextIO | None = None) -> None:
+def configure(
+    level: str = "info", line_format: str = "logfmt", stream: TextIO | None = None
+) -> None:
     """Set up logging for the process.
 
     Args:
         level: "debug", "info", "warning" or "error".
-        format: "logfmt" or "json".
+        line_format: "logfmt" or "json".
         stream: Where to; standard error by default.
     """
     shared: list[Processor] = [
@@ -64,7 +66,7 @@ def configure(level: str = "info", format: str = "logfmt", stream: TextIO | None
     ]
     renderer: Processor = (
         structlog.processors.JSONRenderer()
-        if format == "json"
+        if line_format == "json"
         else structlog.processors.LogfmtRenderer(bool_as_flag=False)
     )
     formatter = structlog.stdlib.ProcessorFormatter(

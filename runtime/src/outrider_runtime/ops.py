@@ -28,7 +28,7 @@ IDLE_SECONDS = 30.0
 _TEXT = "text/plain; charset=utf-8"
 
 
-class OpsSettings(Section):
+class OpsSettings(Section, frozen=True):
     """The listener for metrics and health."""
 
     address: Annotated[
