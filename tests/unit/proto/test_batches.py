@@ -1,0 +1,97 @@
+"""Batches: what goes in comes out, and nothing else does harm."""
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from outrider_proto import batches, limits
+from outrider_proto.v1.agent_pb2 import CODEC_NONE, CODEC_ZSTD, EncodedRecord, RecordBatch
+
+RECORDS = st.lists(
+    st.builds(
+        EncodedRecord,
+        data_type=st.integers(0, 2**31 - 1),
+        timestamp=st.integers(-(2**63), 2**63 - 1),
+        data=st.binary(max_size=200),
+    ),
+    min_size=1,
+    max_size=80,
+)
+
+
+def make(records, codec=CODEC_ZSTD) -> RecordBatch:
+    return batches.encode(records, epoch=7, seq=1, codec=codec, created_unix_nanos=5)
+
+
+@given(RECORDS, st.sampled_from([CODEC_NONE, CODEC_ZSTD]))
+def test_round_trip(records, codec) -> None:
+    batch = make(records, codec)
+    assert batches.check(batch) is None
+    assert batches.decode(batch) == records
+    assert batch.count == len(records)
+    assert len(batch.data_types) <= limits.BATCH_DATA_TYPES
+
+
+@given(RECORDS, st.data())
+def test_damage_is_an_error_or_the_same_size(records, data) -> None:
+    """Any bytes give records or BatchError, never another error and never beyond the limits."""
+    batch = make(records)
+    raw = bytearray(batch.records)
+    place = data.draw(st.integers(0, len(raw) - 1))
+    raw[place] ^= data.draw(st.integers(1, 255))
+    batch.records = bytes(raw)
+    try:
+        got = batches.decode(batch)
+    except batches.BatchError:
+        return
+    assert len(got) == batch.count
+
+
+def test_bomb_is_refused_before_it_is_opened() -> None:
+    bomb = zstandard.ZstdCompressor(level=19).compress(bytes(64 * limits.MIB))
+    batch = RecordBatch(
+        epoch=1, seq=1, codec=CODEC_ZSTD, records=bomb, count=1, decompressed_bytes=100
+    )
+    with pytest.raises(batches.BatchError, match="states 67108864 bytes"):
+        batches.decode(batch)
+
+
+def test_frame_without_content_size_is_refused() -> None:
+    packer = zstandard.ZstdCompressor(write_content_size=False)
+    batch = RecordBatch(
+        epoch=1,
+        seq=1,
+        codec=CODEC_ZSTD,
+        records=packer.compress(b"x" * 9),
+        count=1,
+        decompressed_bytes=9,
+    )
+    with pytest.raises(batches.BatchError, match="its zstd frame states"):
+        batches.decode(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epoch": 0}, "above 0"),
+        ({"seq": 0}, "above 0"),
+        ({"codec": 0}, "codec 0 is unknown"),
+        ({"codec": 99}, "codec 99 is unknown"),
+        ({"count": 0}, "states 0"),
+        ({"count": limits.BATCH_RECORDS + 1}, "at most|1 to"),
+        ({"records": b""}, "1 to"),
+        ({"records": bytes(limits.BATCH_BYTES + 1)}, "a batch has at most"),
+        ({"decompressed_bytes": limits.BATCH_DECOMPRESSED_BYTES + 1}, "before compression"),
+        ({"data_types": list(range(65))}, "names 65 data types"),
+    ],
+)
+def test_limits(change, says) -> None:
+    good = {"epoch": 1, "seq": 1, "codec": CODEC_NONE, "records": b"x", "count": 1}
+    problem = batches.check(RecordBatch(**{**good, **change}))
+    with pytest.raises(batches.BatchError, match=says):
+        raise batches.BatchError(problem)
+
+
+def test_too_many_records_are_never_made() -> None:
+    with pytest.raises(batches.BatchError, match="1 to 10000 records"):
+        make([EncodedRecord()] * (limits.BATCH_RECORDS + 1))
