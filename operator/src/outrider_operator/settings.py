@@ -25,7 +25,7 @@ ServiceAccounts = Annotated[
 """ServiceAccounts as namespace/name."""
 
 
-class TlsSettings(Section):
+class TlsSettings(Section, frozen=True):
     """The gateway's certificate. Changed files are used without a restart."""
 
     cert_file: Annotated[
@@ -39,7 +39,7 @@ class TlsSettings(Section):
     ] = 10.0
 
 
-class KeepaliveSettings(Section):
+class KeepaliveSettings(Section, frozen=True):
     """How dead peers are found, and peers that ping too often refused."""
 
     time_seconds: Annotated[
@@ -59,7 +59,7 @@ class KeepaliveSettings(Section):
     ] = 10.0
 
 
-class GatewaySettings(Section):
+class GatewaySettings(Section, frozen=True):
     """The port that agents and the other replicas connect to."""
 
     address: Annotated[
@@ -108,7 +108,7 @@ class GatewaySettings(Section):
     ] = 3.0
 
 
-class AuthSettings(Section):
+class AuthSettings(Section, frozen=True):
     """Whose tokens are taken."""
 
     audience: Annotated[
@@ -143,7 +143,7 @@ class AuthSettings(Section):
     ] = 60.0
 
 
-class FileSinkSettings(Section):
+class FileSinkSettings(Section, frozen=True):
     """Records in rotated files on this replica: for installs without a broker."""
 
     directory: Annotated[
@@ -166,7 +166,7 @@ class FileSinkSettings(Section):
     ] = 1024 * limits.MIB
 
 
-class KafkaSinkSettings(Section):
+class KafkaSinkSettings(Section, frozen=True):
     """Records in a Kafka topic."""
 
     bootstrap_servers: Annotated[
@@ -205,7 +205,7 @@ class KafkaSinkSettings(Section):
     ] = 128 * limits.MIB
 
 
-class SinkSettings(Section):
+class SinkSettings(Section, frozen=True):
     """Where record batches are stored."""
 
     kind: Annotated[
@@ -215,7 +215,7 @@ class SinkSettings(Section):
     kafka: KafkaSinkSettings = field(default_factory=KafkaSinkSettings)
 
 
-class ServerSettings(Section):
+class ServerSettings(Section, frozen=True):
     """Everything the server can be told."""
 
     log: LogSettings = field(default_factory=LogSettings)
