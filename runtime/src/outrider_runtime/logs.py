@@ -98,5 +98,6 @@ def configure(
 
 def get_logger(name: str, **fields: Any) -> structlog.stdlib.BoundLogger:
     """A logger whose lines all carry the given fields."""
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name).bind(**fields)
+    # Bound at the first line and not here: modules make their loggers before `configure` ran.
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name, **fields)
     return logger
