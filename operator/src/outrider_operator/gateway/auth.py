@@ -1,0 +1,226 @@
+"""Authentication of every call before it is dispatched and before any message of it is read.
+
+Asks the API server who the owner of a token is, remembers the answer for a while, and looks the
+method up in the explicit list. What the answer means is decided in core/identity.py. Tokens are
+kept only as SHA-256 digests and never logged.
+"""
+
+import asyncio
+import contextvars
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import grpc.aio
+from outrider_proto.channel import AUTHORIZATION
+from outrider_runtime.logs import get_logger
+
+from outrider_operator.core.identity import (
+    METHODS,
+    Identity,
+    Refusal,
+    RefusalCode,
+    ReviewStatus,
+    ReviewUnavailableError,
+    TrustPolicy,
+    bearer_token,
+    identity_of,
+    refuse_method,
+    refuse_role,
+    token_expiry,
+)
+from outrider_operator.metrics import ServerMetrics
+from outrider_operator.settings import AuthSettings
+
+#: Asks the API server about a token (first) for an audience (second).
+#: Raises ReviewUnavailableError when it cannot be asked.
+Review = Callable[[str, str], Awaitable[ReviewStatus]]
+
+Outcome = Identity | Refusal
+if TYPE_CHECKING:  # generic in the stubs only
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+log = get_logger(__name__)
+
+# The interceptor and the handler of a call run in one task, so this is the call's own.
+_identity: contextvars.ContextVar[Identity] = contextvars.ContextVar("identity")
+
+
+def current_identity() -> Identity:
+    """Who made the call that this task serves.
+
+    Raises:
+        LookupError: outside of an authenticated call.
+    """
+    return _identity.get()
+
+
+class Authenticator:
+    """Says who the owner of a token is, with as few TokenReviews as can be.
+
+    Args:
+        settings: audience, allow-lists, bounds.
+        review: asks the API server.
+        metrics: where reviews are counted.
+        now: seconds since the Unix epoch.
+    """
+
+    def __init__(
+        self,
+        settings: AuthSettings,
+        review: Review,
+        metrics: ServerMetrics,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._review = review
+        self._metrics = metrics
+        self._now = now
+        self._policy = TrustPolicy(
+            audience=settings.audience,
+            agents=frozenset(settings.agent_service_accounts),
+            servers=frozenset(settings.server_service_accounts),
+        )
+        self._cache: OrderedDict[bytes, tuple[Outcome, float]] = OrderedDict()
+        self._pending: dict[bytes, asyncio.Future[Outcome | None]] = {}
+        self._slots = asyncio.Semaphore(settings.max_reviews)
+
+    async def authenticate(self, token: str) -> Outcome:
+        """Identity of a token's owner, or why it is refused; never raises for a bad token."""
+        key = hashlib.sha256(token.encode()).digest()
+        while True:
+            remembered = self._remembered(key)
+            if remembered is not None:
+                self._metrics.token_cache_hits.inc()
+                return remembered
+            pending = self._pending.get(key)
+            if pending is None:
+                return await self._ask(key, token)
+            # Shielded: this caller may go away, the others still wait.
+            outcome = await asyncio.shield(pending)
+            if outcome is not None:
+                return outcome
+
+    def _remembered(self, key: bytes) -> Outcome | None:
+        entry = self._cache.get(key)
+        if entry is None:
+            return None
+        if entry[1] <= self._now():
+            del self._cache[key]
+            self._metrics.token_cache_entries.set(len(self._cache))
+            return None
+        self._cache.move_to_end(key)
+        return entry[0]
+
+    async def _ask(self, key: bytes, token: str) -> Outcome:
+        """Review a token for all callers that wait for it; None tells them to try themselves."""
+        if len(self._pending) >= self._settings.max_waiting:
+            return Refusal(
+                RefusalCode.UNAVAILABLE, "TooManyReviews", "too many tokens to review, try later"
+            )
+        future: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+        self._pending[key] = future
+        self._metrics.reviews_waiting.set(len(self._pending))
+        outcome: Outcome | None = None
+        try:
+            outcome = await self._reviewed(token)
+            self._remember(key, outcome)
+        finally:
+            del self._pending[key]
+            self._metrics.reviews_waiting.set(len(self._pending))
+            future.set_result(outcome)
+        return outcome
+
+    async def _reviewed(self, token: str) -> Outcome:
+        try:
+            async with asyncio.timeout(self._settings.review_timeout_seconds), self._slots:
+                with self._metrics.review_seconds.time():
+                    status = await self._review(token, self._settings.audience)
+        except (ReviewUnavailableError, TimeoutError) as error:
+            self._metrics.reviews.labels("unavailable").inc()
+            log.warning("token not reviewed", error=str(error) or "timeout")
+            return Refusal(
+                RefusalCode.UNAVAILABLE,
+                "ReviewUnavailable",
+                "the token cannot be checked: the API server does not answer; try later",
+            )
+        outcome = identity_of(status, self._policy)
+        if isinstance(outcome, Refusal):
+            self._metrics.reviews.labels("refused").inc()
+            log.info("token refused", reason=outcome.reason, error=status.error)
+            return outcome
+        self._metrics.reviews.labels("accepted").inc()
+        return replace(outcome, expires=token_expiry(token))
+
+    def _remember(self, key: bytes, outcome: Outcome) -> None:
+        if isinstance(outcome, Refusal) and outcome.code is RefusalCode.UNAVAILABLE:
+            return
+        if isinstance(outcome, Refusal):
+            until = self._now() + self._settings.refusal_cache_seconds
+        else:
+            until = self._now() + self._settings.cache_seconds
+            until = min(until, until if outcome.expires is None else outcome.expires)
+        self._cache[key] = (outcome, until)
+        while len(self._cache) > self._settings.cache_entries:
+            self._cache.popitem(last=False)
+        self._metrics.token_cache_entries.set(len(self._cache))
+
+    async def admit(self, method: str, authorization: list[str | bytes]) -> Identity | Refusal:
+        """Identity of a caller that may call `method`, else why not.
+
+        Args:
+            method: full name, such as "/outrider.v1.AgentService/Ping"; must need a token.
+            authorization: all values of that metadata key.
+        """
+        if len(authorization) > 1:
+            return Refusal(
+                RefusalCode.UNAUTHENTICATED, "MalformedToken", "more than one 'authorization'"
+            )
+        token = bearer_token(authorization[0] if authorization else None)
+        if isinstance(token, Refusal):
+            return token
+        outcome = await self.authenticate(token)
+        if isinstance(outcome, Refusal):
+            return outcome
+        return refuse_role(method, outcome) or outcome
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Lets a call through to its handler only when its caller may make it."""
+
+    def __init__(self, authenticator: Authenticator, metrics: ServerMetrics) -> None:
+        self._authenticator = authenticator
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Called by grpc for each call, in the call's own task."""
+        method = handler_call_details.method
+        refusal = refuse_method(method)
+        if refusal is not None:
+            return self._refused(refusal)
+        if METHODS[method]:
+            shown = [v for k, v in handler_call_details.invocation_metadata if k == AUTHORIZATION]
+            outcome = await self._authenticator.admit(method, shown)
+            if isinstance(outcome, Refusal):
+                return self._refused(outcome)
+            _identity.set(outcome)
+        return await continuation(handler_call_details)
+
+    def _refused(self, refusal: Refusal) -> "Handler":
+        self._metrics.refusals.labels(refusal.code.value, refusal.reason).inc()
+        code = grpc.StatusCode[refusal.code.value]
+
+        async def refuse(_requests: Any, context: Any) -> NoReturn:
+            await context.abort(code, refusal.message)
+            raise AssertionError("abort raises")
+
+        # Of the four kinds of handler this one alone reads no message before it is called.
+        return grpc.stream_stream_rpc_method_handler(refuse)
