@@ -26,17 +26,15 @@ PORT = int(os.environ.get("OUTRIDER_CLUSTER_PORT", "16443"))
 
 HERE = Path(__file__).resolve().parent
 MACHINE_FILES = HERE / "machine"
-PROJECT = HERE.parents[1]
 
-BASE = paths.cache() / "cluster"
-STATE = BASE / "run" / NAME
+STATE = paths.state(NAME)
 """All files of a running cluster. `down` removes it."""
 
 LOGS = STATE / "log"
-TOOLS = BASE / "tools"
+TOOLS = paths.cache() / "machine"
 """Small programs built here (the init of the machines). Outlives `down`."""
 
-IMAGES = BASE / "images"
+IMAGES = paths.cache() / "images"
 """The image cache that new nodes start from. Outlives `down`, shared by all clusters."""
 
 KUBECONFIG = STATE / "admin.kubeconfig"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from cluster.errors import ClusterError
 from cluster.layout import LOGS, NAME, STATE
 
 T = TypeVar("T")
@@ -24,10 +25,6 @@ MARK = "OUTRIDER_CLUSTER"
 """In the environment of every daemon, so that `down --check` finds strays without cgroups."""
 
 _BEGIN = time.monotonic()
-
-
-class ClusterError(Exception):
-    """Something of the cluster did not work; the text says what, and where to look."""
 
 
 def say(message: str) -> None:
