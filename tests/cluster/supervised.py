@@ -37,10 +37,6 @@ SOCKET = "supervisor.sock"
 PORTS = range(20000, 32000)
 
 
-# Kept for ever: Popen warns when it is forgotten while its process runs, which here is meant.
-_DETACHED: list[subprocess.Popen[bytes]] = []
-
-
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a TCP port of `host` that nobody listens on at this moment.
 
@@ -128,9 +124,10 @@ class Supervised:
                 start_new_session=True,  # an interrupt from the keyboard is for the owner alone
             )
         (folder / "supervisor.pid").write_text(str(process.pid))
-        if detached:
-            _DETACHED.append(process)
-        return cls(folder, ours or _connect(folder), process)
+        if ours is not None:
+            return cls(folder, ours, process)
+        process.returncode = 0  # Popen would warn of a process that lives on, which is meant here
+        return cls(folder, _connect(folder), psutil.Process(process.pid))
 
     @classmethod
     def attach(cls, folder: Path) -> Self | None:
