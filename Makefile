@@ -46,3 +46,69 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto/src --plugin=protoc-gen-myp
 .PHONY: proto
 proto: setup ## generate the Python code from the .proto files
 	$(call PROTOC,proto/src)
+
+# ---------------------------------------------------------------- checks and tests
+
+PYTEST = PYTHONPATH=tests $(BIN)/pytest
+CHECKED := proto/src runtime/src operator/src agent/src tests benchmarks
+
+.PHONY: check
+check: setup ## everything fast: format, lint, types, layers, freshness, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(CHECKED)
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory check-proto
+	$(PYTEST) -q tests/unit
+
+.PHONY: check-proto
+check-proto: setup
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(call PROTOC,$$scratch) && \
+	for file in $$(cd "$$scratch" && find . -type f); do \
+	  cmp -s "$$scratch/$$file" "proto/src/$$file" || { \
+	    echo "error: proto/src/$$file is not what the .proto files give: run make proto" >&2; exit 1; }; \
+	done
+
+.PHONY: fetch
+fetch: setup ## build and fetch all that the tests need: Kubernetes, Kafka, Prometheus, images
+	PYTHONPATH=tests $(BIN)/python -m cluster.fetch --all
+
+.PHONY: test
+test: check fetch ## all tests: unit, integration, end to end (40 minutes cold, 12 warm)
+	$(PYTEST) tests
+
+.PHONY: test-unit
+test-unit: setup ## the unit tests
+	$(PYTEST) tests/unit
+
+.PHONY: test-integration
+test-integration: setup ## the tests against a real API server and a real Kafka
+	$(PYTEST) tests/integration
+
+.PHONY: test-e2e
+test-e2e: setup ## the tests on the three-node cluster, with the chart
+	$(PYTEST) tests/e2e
+
+.PHONY: format
+format: setup ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# ---------------------------------------------------------------- seeing it
+
+.PHONY: demo
+demo: setup ## see it work: a real API server, one server, three agents, one task (about 6 minutes at first, then 30 s)
+	@PYTHONPATH=tests $(BIN)/python -m cluster.demo up
+
+.PHONY: demo-cluster
+demo-cluster: setup ## the whole: three nodes, Kafka, Prometheus, images, helm install (needs root)
+	@PYTHONPATH=tests $(BIN)/python -m cluster.demo_cluster
+
+.PHONY: demo-down
+demo-down: setup ## take either demo away
+	@PYTHONPATH=tests $(BIN)/python -m cluster.demo down
+	@PYTHONPATH=tests $(BIN)/python -m cluster down
+
+.PHONY: clean
+clean: ## remove what make made in this folder (not the cache outside it)
+	rm -rf .venv .tools dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
