@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from cluster import packages, toolchain
-from cluster.administrator import Administrator, RequestError
+from cluster.administrator import Administrator, AgentPod, RequestError
 from cluster.controlplane_parts import (
     API_SERVER,
     CONTROLLERS,
@@ -31,6 +31,16 @@ from cluster.controlplane_parts import (
 from cluster.errors import ClusterError
 from cluster.progress import Steps
 from cluster.supervised import Supervised, free_port
+
+__all__ = [
+    "API_SERVER",
+    "CONTROLLERS",
+    "ETCD",
+    "AgentPod",
+    "ControlPlane",
+    "RequestError",
+    "require",
+]
 
 READY_SECONDS = 60.0
 PACKAGES = ("etcd-server", "openssl")
