@@ -215,6 +215,95 @@ class SinkSettings(Section, frozen=True):
     kafka: KafkaSinkSettings = field(default_factory=KafkaSinkSettings)
 
 
+class KubeSettings(Section, frozen=True):
+    """How the API server is reached."""
+
+    kubeconfig: Annotated[
+        str, Meta(description="Path of a kubeconfig file; empty: the Pod's ServiceAccount.")
+    ] = ""
+    request_timeout_seconds: Annotated[
+        Seconds, Meta(description="A request must be answered within this, seconds.")
+    ] = 10.0
+
+
+class LeaderSettings(Section, frozen=True):
+    """Which replica leads: the one that holds a Lease."""
+
+    enabled: Annotated[
+        bool, Meta(description="Take part in the election; without it, only a gateway.")
+    ] = True
+    lease_name: Annotated[
+        str, Meta(min_length=1, max_length=253, description="Name of the Lease.")
+    ] = "outrider-leader"
+    lease_namespace: Annotated[
+        str, Meta(max_length=63, description="Namespace of the Lease; empty: the Pod's own.")
+    ] = ""
+    lease_duration_seconds: Annotated[
+        int, Meta(ge=3, le=600, description="Others wait this long for a dead leader, seconds.")
+    ] = 15
+    renew_deadline_seconds: Annotated[
+        int, Meta(ge=2, le=600, description="A leader that cannot renew stops after this, seconds.")
+    ] = 10
+    retry_period_seconds: Annotated[
+        int, Meta(ge=1, le=60, description="Time between two tries to take or renew, seconds.")
+    ] = 2
+
+
+class FleetSettings(Section, frozen=True):
+    """How the leader reaches the gateways of all replicas, its own included."""
+
+    gateways: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description='Where they are: "srv:_NAME._tcp.HOST", "dns:HOST:PORT" or "HOST:PORT,…".',
+        ),
+    ] = "127.0.0.1:8443"
+    ca_file: Annotated[
+        str, Meta(min_length=1, description="PEM file with the issuers of their certificates.")
+    ] = "/etc/outrider/tls/ca.crt"
+    server_name: Annotated[
+        str, Meta(min_length=1, description="Name their certificates must have.")
+    ] = "outrider-server"
+    token_file: Annotated[
+        str, Meta(min_length=1, description="The replica's own token, with auth.audience.")
+    ] = "/var/run/secrets/outrider/token"
+    resolve_seconds: Annotated[
+        Seconds, Meta(description="Time between two looks for gateways, seconds.")
+    ] = 5.0
+    max_gateways: Annotated[
+        int, Meta(ge=1, le=1000, description="Most gateways that are linked to.")
+    ] = 64
+
+
+class TaskSettings(Section, frozen=True):
+    """How tasks are carried out."""
+
+    lost_after_seconds: Annotated[
+        Seconds, Meta(description="A node whose agent is away for so long is Lost, seconds.")
+    ] = 300.0
+    batch_millis: Annotated[
+        int, Meta(ge=10, le=10_000, description="Results are gathered this long, milliseconds.")
+    ] = 200
+    max_active: Annotated[
+        Count, Meta(description="Tasks that are carried out at once; more wait.")
+    ] = 1000
+    end_runs_seconds: Annotated[
+        Seconds, Meta(description="A deleted task waits this long for its runs, seconds.")
+    ] = 30.0
+
+
+class AgentSettings(Section, frozen=True):
+    """The Agent objects."""
+
+    remove_after_seconds: Annotated[
+        Seconds, Meta(description="An Agent is removed this long after its Node, seconds.")
+    ] = 600.0
+    writes_at_once: Annotated[
+        int, Meta(ge=1, le=100, description="Writes of Agent objects under way at once.")
+    ] = 8
+
+
 class ServerSettings(Section, frozen=True):
     """Everything the server can be told."""
 
@@ -223,3 +312,8 @@ class ServerSettings(Section, frozen=True):
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     sink: SinkSettings = field(default_factory=SinkSettings)
+    kube: KubeSettings = field(default_factory=KubeSettings)
+    leader: LeaderSettings = field(default_factory=LeaderSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+    agents: AgentSettings = field(default_factory=AgentSettings)

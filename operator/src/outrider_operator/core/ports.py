@@ -1,0 +1,114 @@
+"""What the fleet controller needs of the outside, so that it knows neither Kubernetes nor gRPC.
+
+Contracts and their errors only; the implementations are in kube/ and fleet/, and main.py ties them
+together. Objects are plain mappings, as the API server gives them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from outrider_proto.v1.agent_pb2 import Command
+
+Object = dict[str, Any]
+
+
+class ClusterError(Exception):
+    """The API server did not do what it was asked; the text says what and why. Final."""
+
+
+class ClusterUnavailableError(ClusterError):
+    """It could not be reached, or is overloaded: the same request may work later."""
+
+
+class ConflictError(ClusterError):
+    """Somebody else has changed or made the object: read it again first."""
+
+
+class NotFoundError(ClusterError):
+    """There is no such object."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A watched object was seen, changed, or is gone.
+
+    Attributes:
+        kind: which of the watched kinds.
+        gone: it was deleted.
+        body: the object as it is, or last was.
+    """
+
+    kind: Literal["AgentTask", "AgentConfig", "Node", "Agent"]
+    gone: bool
+    body: Mapping[str, Any]
+
+
+class TaskStore(Protocol):
+    """AgentTasks and their reports."""
+
+    async def list_tasks(self) -> list[Object]:
+        """All AgentTasks of the cluster."""
+
+    async def get_task(self, namespace: str, name: str) -> Object:
+        """One AgentTask. Raises NotFoundError."""
+
+    async def write_status(self, task: Mapping[str, Any], status: Mapping[str, Any]) -> Object:
+        """Replace the status of the task with this UID. Raises ConflictError, NotFoundError."""
+
+    async def set_finalizer(self, task: Mapping[str, Any], present: bool) -> Object:
+        """Add or take away our finalizer. Raises ConflictError, NotFoundError."""
+
+    async def delete_task(self, task: Mapping[str, Any]) -> None:
+        """Delete the task with this UID. Raises ConflictError, NotFoundError."""
+
+    async def list_reports(self, namespace: str, name: str) -> list[Object]:
+        """The reports of tasks of this name."""
+
+    async def create_report(self, report: Mapping[str, Any]) -> Object:
+        """Make a report. Raises ConflictError where there is one of its name."""
+
+    async def replace_report(self, report: Mapping[str, Any]) -> Object:
+        """Replace the report of this resourceVersion. Raises ConflictError, NotFoundError."""
+
+    async def tell(
+        self, subject: Mapping[str, Any], kind: Literal["Normal", "Warning"], reason: str, text: str
+    ) -> None:
+        """Post a Kubernetes Event about an object; never fails, is only worth trying."""
+
+
+class AgentStore(Protocol):
+    """Agent objects, one per node."""
+
+    async def list_agents(self) -> list[Object]:
+        """All Agents."""
+
+    async def create_agent(self, node: str) -> Object:
+        """Make the Agent of a node. Raises ConflictError where there is one."""
+
+    async def write_agent_status(self, node: str, status: Mapping[str, Any]) -> Object:
+        """Replace the status of a node's Agent. Raises NotFoundError."""
+
+    async def delete_agent(self, node: str) -> None:
+        """Delete the Agent of a node. Raises NotFoundError."""
+
+
+class NodeStore(Protocol):
+    """Nodes."""
+
+    async def list_nodes(self) -> list[Object]:
+        """Metadata of all Nodes."""
+
+
+class Cluster(TaskStore, AgentStore, NodeStore, Protocol):
+    """All the controller needs of the API server."""
+
+
+class Outbox(Protocol):
+    """The way to the agents."""
+
+    def send(self, gateway: str, commands: Sequence[tuple[str, Command]]) -> None:
+        """Hand commands for nodes to a gateway; what cannot be delivered is dropped.
+
+        The controller notices by the agents' silence and sends again.
+        """

@@ -1,0 +1,170 @@
+"""Who is connected where, and what the Agent object of each node ought to say.
+
+Fed with what gateways tell; the newest stream of a node wins, by its session number. Every call is
+given now. Objects are written elsewhere, and only when what stands here differs from them.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from outrider_operator.core.planner import AgentView, Roster
+from outrider_operator.core.status import condition
+from outrider_operator.core.times import seconds, seconds_of
+
+#: Why an agent whose gateway cannot be reached counts as gone.
+GATEWAY_LOST: Final = "GatewayUnreachable"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One agent's stream, as its gateway tells it.
+
+    Attributes:
+        session: fencing number; the higher one of a node is the newer.
+        gateway: the link it came by.
+        server: name of the replica.
+        since: when the leader learned of it, seconds since the Unix epoch.
+        reported: a complete run report came in this stream.
+    """
+
+    node: str
+    node_uid: str
+    session: int
+    gateway: str
+    server: str
+    since: float
+    pod: str = ""
+    address: str = ""
+    version: str = ""
+    net_mode: str = ""
+    platform: str = ""
+    kernel: str = ""
+    instance: str = ""
+    reported: bool = False
+
+
+@dataclass(frozen=True)
+class Departure:
+    """An agent that is gone: since when, and a CamelCase word for why."""
+
+    since: float
+    reason: str
+
+
+class Registry:
+    """The sessions of the fleet, merged from all gateways. `since`: when this leader began."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.sessions: dict[str, Session] = {}
+        self.departures: dict[str, Departure] = {}
+
+    def remember(self, node: str, status: Mapping[str, Any]) -> None:
+        """Take what an Agent object says of the time before this leader."""
+        if node in self.sessions or node in self.departures:
+            return
+        ready = _ready(status)
+        if ready is not None and ready.get("status") == "False":
+            since = seconds_of(ready.get("lastTransitionTime")) or self.since
+            self.departures[node] = Departure(since, ready.get("reason", "Unknown"))
+        else:
+            # It was there when the leader changed: it has all the time to come back.
+            self.departures[node] = Departure(self.since, "NotSeenYet")
+
+    def forget(self, node: str) -> None:
+        """Drop a node that is gone for good."""
+        self.departures.pop(node, None)
+
+    def joined(self, session: Session) -> bool:
+        """A stream began; False when a newer one of the node is known."""
+        known = self.sessions.get(session.node)
+        if known is not None and known.session > session.session:
+            return False
+        self.sessions[session.node] = session
+        self.departures.pop(session.node, None)
+        return True
+
+    def left(self, node: str, session: int, reason: str, now: float) -> bool:
+        """A stream ended; False when it was not the node's newest."""
+        known = self.sessions.get(node)
+        if known is None or known.session != session:
+            return False
+        del self.sessions[node]
+        self.departures[node] = Departure(now, reason or "Closed")
+        return True
+
+    def gateway_lost(self, gateway: str, now: float) -> list[str]:
+        """A gateway is gone, and with it its streams. Returns the nodes."""
+        nodes = [s.node for s in self.sessions.values() if s.gateway == gateway]
+        for node in nodes:
+            del self.sessions[node]
+            self.departures[node] = Departure(now, GATEWAY_LOST)
+        return nodes
+
+    def complete_report(self, node: str, session: int) -> bool:
+        """A complete run report came; False when it is not of the node's newest stream."""
+        known = self.sessions.get(node)
+        if known is None or known.session != session:
+            return False
+        self.sessions[node] = replace(known, reported=True)
+        return True
+
+    def roster(self, nodes: Collection[str]) -> Roster:
+        """Who is there, for the planner. `nodes`: names of all Nodes."""
+        return Roster(
+            agents={
+                name: AgentView(s.session, s.since, s.reported) for name, s in self.sessions.items()
+            },
+            away={name: departure.since for name, departure in self.departures.items()},
+            since=self.since,
+            nodes=frozenset(nodes),
+        )
+
+
+def agent_status(
+    session: Session | None,
+    departure: Departure | None,
+    previous: Mapping[str, Any],
+    generation: int,
+    now: float,
+) -> dict[str, Any]:
+    """The status an Agent object ought to have.
+
+    Equal to `previous` when nothing changed, so that nothing is written then.
+    """
+    made = dict(previous)
+    before = _ready(previous)
+    if session is not None:
+        facts = {
+            "version": session.version,
+            "server": session.server,
+            "address": session.address,
+            "netMode": session.net_mode,
+            "pod": session.pod,
+            "nodeUID": session.node_uid,
+            "platform": session.platform,
+            "kernel": session.kernel,
+            "instance": session.instance,
+            "connectedSince": seconds(session.session / 1e9),
+        }
+        made.update((key, value) for key, value in facts.items() if value)
+        ready = condition(
+            "Ready", True, "Connected", f"connected to {session.server}", generation, before, now
+        )
+    else:
+        reason = departure.reason if departure is not None else "Unknown"
+        message = "the agent has no stream to any server"
+        ready = condition("Ready", False, reason, message, generation, before, now)
+    made["observedGeneration"] = generation
+    made["conditions"] = [ready]
+    if made != dict(previous):
+        made["lastSeen"] = seconds(departure.since if departure and not session else now)
+    return made
+
+
+def _ready(status: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for item in status.get("conditions", []):
+        if item.get("type") == "Ready" and isinstance(item, Mapping):
+            return item
+    return None
