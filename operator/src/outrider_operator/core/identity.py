@@ -31,7 +31,8 @@ BOTH: Final = frozenset({Role.AGENT, Role.SERVER})
 #: Every method that can be called at all, and who may; an empty set means anybody, without a token.
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
     "/grpc.health.v1.Health/Check": ANONYMOUS,
-    "/grpc.health.v1.Health/Watch": ANONYMOUS,
+    # Not for anybody, as Check is for probes: it holds a connection open.
+    "/grpc.health.v1.Health/Watch": BOTH,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": BOTH,
     "/outrider.v1.AgentService/Transfer": frozenset({Role.AGENT}),
     "/outrider.v1.AgentService/Ping": BOTH,

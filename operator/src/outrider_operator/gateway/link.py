@@ -1,0 +1,75 @@
+"""What waits to be sent to the linked leader: roster changes and run reports, merged and bounded.
+
+Without input or output. Roster changes keep only the newest of each node, so that they are bounded
+by the number of nodes; run reports are bounded in bytes, and past that the link is to be closed:
+agents report again when the next one opens, so nothing is lost by it.
+"""
+
+from collections import deque
+from typing import Final
+
+from outrider_proto import limits
+from outrider_proto.v1.fleet_pb2 import AgentLeft, AgentSession, LinkResponse, NodeRunReport
+
+#: Most bytes of run reports that wait for the leader.
+PENDING_REPORT_BYTES: Final = 64 * limits.MIB
+#: A message is closed at this size, bytes; a single report may be larger.
+MESSAGE_BYTES: Final = limits.MIB
+#: Most roster changes in one message.
+MESSAGE_CHANGES: Final = 1000
+
+
+class LinkOutgoing:
+    """The messages that wait for one leader."""
+
+    def __init__(self) -> None:
+        self._joined: dict[str, AgentSession] = {}
+        self._left: dict[str, AgentLeft] = {}
+        self._reports: deque[tuple[NodeRunReport, int]] = deque()
+        self.report_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._joined or self._left or self._reports)
+
+    @property
+    def full(self) -> bool:
+        """More reports wait than may."""
+        return self.report_bytes > PENDING_REPORT_BYTES
+
+    def joined(self, session: AgentSession) -> None:
+        """A stream began."""
+        self._joined[session.node] = session
+        self._left.pop(session.node, None)
+
+    def left(self, left: AgentLeft) -> None:
+        """A stream ended. An end is sent even where its beginning was not: it is harmless."""
+        waiting = self._joined.get(left.node)
+        if waiting is not None and waiting.session > left.session:
+            return
+        self._joined.pop(left.node, None)
+        self._left[left.node] = left
+
+    def reported(self, report: NodeRunReport) -> None:
+        """An agent reported runs."""
+        size = report.ByteSize()
+        self._reports.append((report, size))
+        self.report_bytes += size
+
+    def take(self) -> LinkResponse | None:
+        """The next message, roster changes before reports; None when nothing waits."""
+        if not self:
+            return None
+        message = LinkResponse()
+        for node in list(self._joined)[:MESSAGE_CHANGES]:
+            message.joined.append(self._joined.pop(node))
+        for node in list(self._left)[:MESSAGE_CHANGES]:
+            message.left.append(self._left.pop(node))
+        if self._joined or self._left:
+            return message
+        taken = 0
+        while self._reports and (not taken or taken + self._reports[0][1] <= MESSAGE_BYTES):
+            report, size = self._reports.popleft()
+            taken += size
+            message.run_reports.append(report)
+        self.report_bytes -= taken
+        return message

@@ -1,0 +1,188 @@
+"""The protocol of an agent's stream, without input or output.
+
+Feed it the messages as they came off the wire, read what each of them means; the shell around it
+(transfer.py) acts on that. Nothing an agent says of itself is believed: its node is the one in
+its token, and another one is refused.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.message import DecodeError
+from outrider_proto import batches, limits
+from outrider_proto.v1.agent_pb2 import Heartbeat, Hello, PackagedData, RecordBatch, RunReport
+
+from outrider_operator.core.identity import Identity
+
+#: Longest texts in a Hello, characters: they end up in Agent objects, and all of them together in
+#: the first message of a link.
+HELLO_TEXT_LENGTH: Final = 128
+HELLO_RUN_KINDS: Final = 16
+#: Longest task UID and reason in a run report, characters.
+UID_LENGTH: Final = 64
+REASON_LENGTH: Final = 64
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The first message was a good hello."""
+
+    hello: Hello
+
+
+@dataclass(frozen=True)
+class BatchCame:
+    """A batch to store; it keeps the limits, and was not opened."""
+
+    batch: RecordBatch
+
+
+@dataclass(frozen=True)
+class RunsReported:
+    """States of runs to pass on to the leader."""
+
+    report: RunReport
+
+
+@dataclass(frozen=True)
+class HeartbeatCame:
+    """A sign of life to answer."""
+
+    heartbeat: Heartbeat
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The stream is to end: the peer broke the contract.
+
+    Attributes:
+        code: gRPC status code by name.
+        reason: a CamelCase word of a small fixed set, for metrics.
+        message: what was wrong and what was expected, for people.
+    """
+
+    code: str
+    reason: str
+    message: str
+
+
+Event = Opened | BatchCame | RunsReported | HeartbeatCame | Refused
+
+
+class State(enum.Enum):
+    """Where a stream stands."""
+
+    AWAITING_HELLO = "awaiting hello"
+    OPEN = "open"
+    ENDED = "ended"
+
+
+class SessionProtocol:
+    """One agent's stream, seen from the server.
+
+    Args:
+        identity: who the agent is, from its token.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self.state = State.AWAITING_HELLO
+
+    def receive(self, data: bytes) -> Event:
+        """Take one message as it came; say what it means.
+
+        After `Refused` the stream has ended and takes no more.
+
+        Raises:
+            ValueError: the stream has ended before.
+        """
+        if self.state is State.ENDED:
+            raise ValueError("the stream has ended")
+        event = self._understand(data)
+        if isinstance(event, Refused):
+            self.state = State.ENDED
+        elif isinstance(event, Opened):
+            self.state = State.OPEN
+        return event
+
+    def _understand(self, data: bytes) -> Event:
+        if len(data) > limits.MESSAGE_BYTES:
+            return Refused(
+                "RESOURCE_EXHAUSTED",
+                "TooLarge",
+                f"a message of {len(data)} bytes; at most {limits.MESSAGE_BYTES}",
+            )
+        try:
+            message = PackagedData.FromString(data)
+        except DecodeError:
+            return _invalid("Unparsable", "the message is no PackagedData")
+        if message.agent_id and message.agent_id != self._identity.node_uid:
+            return _denied("ForeignAgentId", "agent_id is not the one in the token")
+        kinds = [
+            name for name in ("hello", "batch", "run_report", "heartbeat") if message.HasField(name)
+        ]
+        if len(kinds) > 1:
+            return _invalid("SeveralKinds", f"a message holds one of {', '.join(kinds)}")
+        if self.state is State.AWAITING_HELLO:
+            return self._open(message)
+        return self._content(message, kinds[0] if kinds else "")
+
+    def _open(self, message: PackagedData) -> Event:
+        if not message.HasField("hello"):
+            return _invalid("NoHello", "the first message must hold hello")
+        hello = message.hello
+        if hello.node != self._identity.node:
+            return _denied("ForeignNode", "hello.node is not the node in the token")
+        texts = [hello.version, hello.net_mode, hello.instance, hello.platform, hello.kernel]
+        texts += hello.run_kinds
+        if len(hello.run_kinds) > HELLO_RUN_KINDS or any(
+            len(text) > HELLO_TEXT_LENGTH for text in texts
+        ):
+            return _invalid(
+                "BadHello",
+                f"at most {HELLO_RUN_KINDS} run_kinds, and {HELLO_TEXT_LENGTH} characters a text",
+            )
+        return Opened(hello)
+
+    def _content(self, message: PackagedData, kind: str) -> Event:
+        if kind == "batch":
+            problem = batches.check(message.batch)
+            return _invalid("BadBatch", problem) if problem else BatchCame(message.batch)
+        if kind == "run_report":
+            problem = check_report(message.run_report)
+            return (
+                _invalid("BadRunReport", problem) if problem else RunsReported(message.run_report)
+            )
+        if kind == "heartbeat":
+            return HeartbeatCame(message.heartbeat)
+        if kind == "hello":
+            return _invalid("SecondHello", "hello is only for the first message")
+        if message.records:
+            return _invalid("PlainRecords", "plain records are not accepted, send batches")
+        return _invalid("Empty", "the message holds nothing that is known here")
+
+
+def check_report(report: RunReport) -> str | None:
+    """Why a run report is beyond the limits; None when it keeps them."""
+    if len(report.runs) > limits.RUNS_PER_MESSAGE:
+        return f"{len(report.runs)} runs; at most {limits.RUNS_PER_MESSAGE}"
+    for run in report.runs:
+        if not run.id.task_uid or len(run.id.task_uid) > UID_LENGTH or run.id.attempt == 0:
+            return "a run is named by task_uid and an attempt above 0"
+        if len(run.preview) > limits.PREVIEW_BYTES:
+            return f"a preview of {len(run.preview)} bytes; at most {limits.PREVIEW_BYTES}"
+        if len(run.message) > limits.RUN_MESSAGE_BYTES or len(run.reason) > REASON_LENGTH:
+            return (
+                f"a reason has at most {REASON_LENGTH} characters, "
+                f"a message {limits.RUN_MESSAGE_BYTES} bytes"
+            )
+    return None
+
+
+def _invalid(reason: str, message: str) -> Refused:
+    return Refused("INVALID_ARGUMENT", reason, message)
+
+
+def _denied(reason: str, message: str) -> Refused:
+    return Refused("PERMISSION_DENIED", reason, message)
