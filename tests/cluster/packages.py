@@ -46,27 +46,36 @@ def missing(names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in installed]
 
 
-def ensure(names: Sequence[str], steps: Steps | None = None) -> None:
-    """Install those of the named Debian packages that are missing. Nothing is started.
+def check(names: Sequence[str]) -> list[str]:
+    """Return the named packages that are missing, if they can be installed here.
 
     Raises:
         MissingError: this is not Debian (or a relative with apt-get), or we are not root.
-        ClusterError: apt-get failed; the error carries its last lines.
     """
     absent = missing(names)
-    if not absent:
-        return
-    command = f"apt-get install {' '.join(absent)}"
-    if not Path("/usr/bin/apt-get").exists():
+    if absent and not Path("/usr/bin/apt-get").exists():
         raise MissingError(
             f"needed, and not to be installed without apt-get: what Debian 12 has in the packages "
             f"{', '.join(absent)}; run this on Debian 12 (a container with root will do)"
         )
-    if os.geteuid() != 0:
+    if absent and os.geteuid() != 0:
         raise MissingError(
             f"not root, so these Debian packages cannot be installed: {', '.join(absent)}; "
-            f"run `sudo {command}` and try again"
+            f"run `sudo apt-get install {' '.join(absent)}` and try again"
         )
+    return absent
+
+
+def ensure(names: Sequence[str], steps: Steps | None = None) -> None:
+    """Install those of the named Debian packages that are missing. Nothing is started.
+
+    Raises:
+        MissingError: as `check`.
+        ClusterError: apt-get failed; the error carries its last lines.
+    """
+    absent = check(names)
+    if not absent:
+        return
     steps = steps or Steps()
     with (
         steps.step(f"Debian packages: {' '.join(absent)}") as step,

@@ -100,6 +100,16 @@ def ensure(names: Sequence[str], steps: Steps | None = None) -> dict[str, Path]:
     return found
 
 
+def check(names: Sequence[str]) -> None:
+    """Make sure that the named tools could be built here, as far as that is known beforehand.
+
+    Raises:
+        MissingError: there is no go command, or it is too old.
+    """
+    for module in {TOOLS[name].module for name in names}:
+        _go_version(module)
+
+
 def version(module: str) -> str:
     """Return the pinned version of one of the modules under tools/, e.g. "v1.34.4".
 
