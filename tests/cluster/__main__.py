@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from pathlib import Path
 
 from cluster import cgroups, faults, imagestore, lifecycle, machines, network, status
 from cluster.errors import ClusterError, run_main
@@ -29,9 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="only tell what there is; 1 if anything")
     sub = command("status", "processes, memory, CPU, nodes")
     sub.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
-    sub = command("image", "build this project's images, import archives, or list what is cached")
-    sub.add_argument("action", choices=["build", "add", "list"])
-    sub.add_argument("archives", nargs="*", type=Path, help="docker archives, for add")
+    sub = command("image", "build this project's images for the nodes, or list what is cached")
+    sub.add_argument("action", choices=["build", "list"])
     sub = command("node", "power a node off or on, cut it off, stop its world")
     sub.add_argument("action", choices=["stop", "start", "partition", "heal", "freeze", "thaw"])
     sub.add_argument("machine", type=machine_name, help="a node's number or name")
@@ -83,9 +81,6 @@ def _image(arguments: argparse.Namespace) -> None:
     if arguments.action == "build":
         cgroups.track("build")
         tags = images.build()
-    elif arguments.action == "add":
-        cgroups.track("build")
-        tags = imagestore.add([archive.resolve() for archive in arguments.archives])
     else:
         tags = imagestore.current()
     for tag, unique in sorted(tags.items()):

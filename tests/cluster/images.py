@@ -8,7 +8,6 @@ the nodes is for `imagestore`.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from cluster import imagestore, machines, packages, paths
 from cluster.errors import ClusterError
+from cluster.layers import Storage
 from cluster.layout import DEBIAN_PACKAGES, PAUSE_IMAGE, TOOLS
 from cluster.progress import Step, Steps
 
@@ -31,16 +31,22 @@ BASE_PYTHON = "3.11"
 BASE_RECIPE = "1"
 """Count up when the way the base is made changes, so that a cached one is not taken."""
 
-LOCKS = ("operator/requirements.lock", "agent/requirements.lock")
+LOCKS = (
+    "operator/requirements.lock",
+    "agent/requirements.lock",
+    "tests/cluster/tools/hatchling/requirements.lock",  # builds the members themselves
+)
 IMAGES = {
     "localhost/outrider-server": "Dockerfile.server",
     "localhost/outrider-agent": "Dockerfile.agent",
 }
 TAG = "dev"
 KEPT_LINES = 20
+KEPT_IMAGES = 150
 BUILD_TIMEOUT = 900.0
 _STORAGE = paths.cache() / "buildah"
 _LOCK = paths.cache() / "images.lock"
+_WHEELS_LOCK = paths.cache() / "wheels.lock"
 
 
 def base_name() -> str:
@@ -180,18 +186,7 @@ def ensure_pause(steps: Steps | None = None) -> None:
             file = 'FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n'
             (Path(scratch) / "Dockerfile").write_text(file)
             buildah("bud", "-q", "--isolation", "chroot", "-t", PAUSE_IMAGE, scratch)
-            _deliver(buildah, [PAUSE_IMAGE])
-
-
-def _deliver(buildah: Callable[..., str], tags: Sequence[str]) -> dict[str, str]:
-    """Hand images to the cache and to the running nodes; returns their unique names."""
-    with tempfile.TemporaryDirectory(dir=paths.cache(), prefix="archives-") as scratch:
-        archives = []
-        for number, tag in enumerate(tags):
-            archive = Path(scratch) / f"{number}.tar"
-            buildah("push", "-q", tag, f"docker-archive:{archive}:{tag}")
-            archives.append(archive)
-        return imagestore.add(archives)
+            imagestore.add(Storage(_STORAGE), [PAUSE_IMAGE])
 
 
 # ------------------------------------------------------------------ wheels
@@ -209,7 +204,7 @@ def ensure_wheels(steps: Steps | None = None) -> Path:
     folder = paths.cache() / "wheels" / key
     if not folder.exists():
         steps = steps or Steps()
-        with steps.step("wheels of the locked Python packages") as step, paths.locked(_LOCK):
+        with steps.step("wheels of the locked Python packages") as step, paths.locked(_WHEELS_LOCK):
             if not folder.exists():
                 _fetch_wheels(locks, folder, step)
     paths.mark_used(folder)
@@ -265,19 +260,19 @@ def build(steps: Steps | None = None) -> dict[str, str]:
         for name, file in IMAGES.items():
             _build_one(buildah, name, file, base, wheels, step)
         step.update("handing them to the nodes")
-        known = imagestore.current()
-        tags = [f"{name}:{TAG}" for name in IMAGES]
-        unique = {tag: _unique(buildah, tag) for tag in tags}
-        changed = [tag for tag in tags if known.get(tag) != unique[tag]]
-        if changed:
-            _deliver(buildah, changed)
-        buildah("rmi", "--prune", "--force")  # what the last build replaced
+        unique = imagestore.add(Storage(_STORAGE), [f"{name}:{TAG}" for name in IMAGES])
+        _bound_storage(buildah)
     return unique
 
 
-def _unique(buildah: Callable[..., str], tag: str) -> str:
-    image = buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", tag)
-    return imagestore.unique_name(tag, image.strip())
+def _bound_storage(buildah: Callable[..., str]) -> None:
+    """Drop the layers of earlier builds once there are many; the next build makes its own anew.
+
+    Not after every build: the layers of a Dockerfile's first stage belong to no tagged image, and
+    they are the ones that take long.
+    """
+    if len(buildah("images", "--all", "--quiet").splitlines()) > KEPT_IMAGES:
+        buildah("rmi", "--prune", "--force")
 
 
 def _build_one(
@@ -294,10 +289,3 @@ def _build_one(
         options += ["--build-arg", "PIP_OPTIONS=--no-index --find-links=/wheels"]
     options += ["-t", f"{name}:{TAG}", "-f", paths.ROOT / file, paths.ROOT]
     buildah("bud", *options, on_line=progress)
-
-
-def contents(tag: str) -> dict[str, object]:
-    """What buildah knows of an image, for tests."""
-    with paths.locked(_LOCK), _buildah() as buildah:
-        found: dict[str, object] = json.loads(buildah("inspect", "--type", "image", tag))
-    return found

@@ -1,6 +1,6 @@
 """The image cache of the nodes, and how new images reach it and every running node.
 
-Builds nothing: it takes docker archives as buildah writes them. Importing takes seconds only
+Builds nothing: it takes images out of buildah's storage. Handing one over takes a second only
 because just the layers that a store lacks travel, see `delta_archive`.
 """
 
@@ -19,13 +19,15 @@ from typing import IO, Any
 
 from cluster import cgroups, paths
 from cluster.errors import ClusterError
+from cluster.layers import Storage
 from cluster.layout import IMAGES, STATE
 from cluster.machines import names as machine_names
 from cluster.network import namespace_command
 from cluster.nodes import BLOBS
 from cluster.processes import parallel, read_pid, run
 
-DOCKER = "application/vnd.docker."
+OCI = "application/vnd.oci.image."
+NAME_KEY = "io.containerd.image.name"
 IMPORT_TIMEOUT = 300.0
 _CURRENT = IMAGES / "names.json"
 _REPLACED = IMAGES / "replaced.json"
@@ -116,56 +118,43 @@ def unique_name(tag: str, config_digest: str) -> str:
     return f"{tag.rpartition(':')[0]}:sha-{config_digest[:12]}"
 
 
-def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    found = archive.extractfile(name)
-    if found is None:
-        raise ClusterError(f"{archive.name!s} is no docker archive: {name} is not a file in it")
-    return found
-
-
-def delta_archive(source: Path, present: Iterable[str], out: IO[bytes]) -> dict[str, str]:
-    """Write an OCI archive of a docker archive without the layers that a store has.
+def delta_archive(storage: Storage, tag: str, present: Iterable[str], out: IO[bytes]) -> str:
+    """Write an OCI archive of an image without the layers that a store has.
 
     `ctr images import` reads, hashes and copies every layer of an archive, though the store has
-    it; with a base image of 270 MB and four stores that takes half a minute. An OCI index may name
-    blobs that are not in the archive as long as the store has them. (buildah names the members of
-    a docker archive by their digest, so nothing is hashed here.)
+    it; with a base image of 160 MB and four stores that takes half a minute. An OCI index may name
+    blobs that are not in the archive as long as the store has them.
 
     Args:
-        source: the docker archive.
+        storage: where the image was built.
+        tag: its name there.
         present: digests of the blobs in the store, without "sha256:".
         out: where to write; flushed at the end.
 
     Returns:
-        Each tag in the archive with its unique name.
+        The name that is unique to the image's content.
     """
     known = frozenset(present)
-    index: list[dict[str, object]] = []
-    unique: dict[str, str] = {}
-    with tarfile.open(source) as archive, tarfile.open(fileobj=out, mode="w") as result:
+    image = storage.image(tag)
+    unique = unique_name(tag, image.identity)
+    with tarfile.open(fileobj=out, mode="w") as result:
         writer = _ArchiveWriter(result)
-        sizes = {member.name: member.size for member in archive.getmembers()}
         writer.put("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
-        for image in json.load(_member(archive, "manifest.json")):
-            layers = []
-            for name in image["Layers"]:
-                digest = Path(name).stem
-                media = f"{DOCKER}image.rootfs.diff.tar"
-                layer = {"mediaType": media, "digest": f"sha256:{digest}", "size": sizes[name]}
-                layers.append(layer)
-                if digest not in known:
-                    writer.copy(digest, sizes[name], _member(archive, name))
-            config = writer.blob(_member(archive, image["Config"]).read())
-            config["mediaType"] = f"{DOCKER}container.image.v1+json"
-            media = f"{DOCKER}distribution.manifest.v2+json"
-            manifest = {"schemaVersion": 2, "mediaType": media, "config": config, "layers": layers}
-            entry = {"mediaType": media, **writer.blob(json.dumps(manifest).encode())}
-            for tag in image["RepoTags"]:
-                unique[tag] = unique_name(tag, Path(image["Config"]).stem)
-                for name in (unique[tag], tag):
-                    annotations = {"io.containerd.image.name": name}
-                    index.append({**entry, "annotations": annotations})
-        writer.put("index.json", json.dumps({"schemaVersion": 2, "manifests": index}).encode())
+        layers = []
+        for layer in image.layers:
+            digest = f"sha256:{layer.digest}"
+            layers.append({"mediaType": f"{OCI}layer.v1.tar", "digest": digest, "size": layer.size})
+            if layer.digest not in known:
+                with tempfile.TemporaryFile() as content:
+                    storage.write(layer, content)
+                    content.seek(0)
+                    writer.copy(layer.digest, layer.size, content)
+        config = {"mediaType": f"{OCI}config.v1+json", **writer.blob(image.configuration)}
+        media = f"{OCI}manifest.v1+json"
+        manifest = {"schemaVersion": 2, "mediaType": media, "config": config, "layers": layers}
+        entry = {"mediaType": media, **writer.blob(json.dumps(manifest).encode())}
+        named = [{**entry, "annotations": {NAME_KEY: name}} for name in (unique, tag)]
+        writer.put("index.json", json.dumps({"schemaVersion": 2, "manifests": named}).encode())
     out.flush()
     return unique
 
@@ -190,14 +179,13 @@ def _running_nodes() -> list[str]:
     return [n for n in machine_names() if n != "cp" and read_pid(f"{n}.containerd")]
 
 
-def _add_one(source: Path) -> dict[str, str]:
-    """Import one archive into the cache and all running nodes."""
+def _add_one(storage: Storage, tag: str) -> str:
+    """Hand one image to the cache and all running nodes; returns its unique name."""
     stores = {"": IMAGES / "containerd"}
     stores |= {node: STATE / node / "var-lib" / "containerd" for node in _running_nodes()}
     written: dict[frozenset[str], str] = {}
-    unique: dict[str, str] = {}
     mutex = threading.Lock()
-    with tempfile.TemporaryDirectory(prefix="outrider-image-") as scratch:
+    with tempfile.TemporaryDirectory(dir=paths.cache(), prefix="delta-") as scratch:
 
         def load(store: str) -> None:
             blobs = stores[store] / BLOBS
@@ -207,7 +195,7 @@ def _add_one(source: Path) -> dict[str, str]:
                 if present not in written:
                     archive = Path(scratch) / f"{len(written)}.tar"
                     with archive.open("wb") as out:
-                        unique.update(delta_archive(source, present, out))
+                        delta_archive(storage, tag, present, out)
                     written[present] = str(archive)
             if store:
                 _into_node(store, written[present])
@@ -215,26 +203,31 @@ def _add_one(source: Path) -> dict[str, str]:
                 _change_cache([written[present]])
 
         parallel(load, list(stores))
-    return unique
+    return unique_name(tag, storage.image(tag).identity)
 
 
-def add(archives: Sequence[Path]) -> dict[str, str]:
-    """Import docker archives into the cache (for the next `up`) and into every running node.
+def add(storage: Storage, tags: Sequence[str]) -> dict[str, str]:
+    """Hand images to the cache (for the next `up`) and to every running node.
+
+    An image that was handed over before is left alone: nodes that run got it then, or started from
+    the cache that had it.
 
     Returns:
-        Each tag in them with its unique name.
+        Each tag with the name that is unique to its content.
 
     Raises:
         ClusterError: a store did not take one.
     """
     added: dict[str, str] = {}
     with paths.locked(IMAGES / "lock"):
-        tags, replaced = current(), list(_read(_REPLACED, []))
-        for source in archives:
-            unique = _add_one(source)
-            replaced += [tags[t] for t, name in unique.items() if tags.get(t, name) != name]
-            tags.update(unique)
-            added.update(unique)
-        _CURRENT.write_text(json.dumps(tags, indent=1))
+        known, replaced = current(), list(_read(_REPLACED, []))
+        for tag in tags:
+            unique = unique_name(tag, storage.image(tag).identity)
+            if known.get(tag) != unique:
+                _add_one(storage, tag)
+                replaced += [known[tag]] if tag in known else []
+                known[tag] = unique
+            added[tag] = unique
+        _CURRENT.write_text(json.dumps(known, indent=1))
         _REPLACED.write_text(json.dumps(replaced))
     return added
