@@ -22,6 +22,8 @@ class ServerMetrics:
         self._add_authentication()
         self._add_link()
         self._add_sink()
+        self._add_leader()
+        self._add_api_server()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"outrider_server_{name}", text, labels, registry=self._registry)
@@ -104,4 +106,48 @@ class ServerMetrics:
         self.sink_file_bytes = self._gauge("sink_file_bytes", "Bytes in files of the file sink.")
         self.sink_removed_bytes = self._counter(
             "sink_removed_bytes_total", "Bytes of old files that the file sink deleted."
+        )
+
+    def _add_leader(self) -> None:
+        self.leads = self._gauge("leader", "1 while this replica leads, else 0.")
+        self.leader_terms = self._counter("leader_terms_total", "Times this replica began to lead.")
+        self.leader_links = self._gauge("leader_links", "Links to gateways that are open.")
+        self.leader_commands = self._counter(
+            "leader_commands_total", "Commands for agents handed to links, by result.", "result"
+        )
+        self.agents = self._gauge("agents", "Agents known to the leader, by state.", "state")
+        self.tasks = self._gauge("tasks", "AgentTasks known to the leader, by state.", "state")
+        self.tasks_ended = self._counter(
+            "tasks_ended_total", "AgentTasks ended, by phase.", "phase"
+        )
+        self.reconciles = self._counter(
+            "task_reconciles_total", "Times a task was looked at, by result.", "result"
+        )
+        self.reconcile_seconds = self._histogram(
+            "task_reconcile_seconds", "Time of looking at a task, with all its writes."
+        )
+        self.work_waiting = self._gauge("work_waiting", "Tasks that wait to be looked at.")
+        self.orphans = self._gauge("orphan_runs", "Runs agents report that no task is known of.")
+        self.reports_dropped = self._counter(
+            "run_reports_dropped_total", "Runs in reports not taken for want of room."
+        )
+        self.agent_writes = self._counter(
+            "agent_writes_total", "Writes of Agent objects, by result.", "result"
+        )
+
+    def _add_api_server(self) -> None:
+        self.api_requests = self._counter(
+            "api_requests_total", "Requests to the API server, by result.", "result"
+        )
+        self.events_posted = self._counter(
+            "events_total", "Kubernetes Events, by result.", "result"
+        )
+        self.watch_events = self._counter(
+            "watch_events_total", "Objects seen by the watches, by kind.", "kind"
+        )
+        self.watch_last = self._gauge(
+            "watch_last_event_timestamp_seconds", "When a watch last said something."
+        )
+        self.watch_restarts = self._counter(
+            "watch_restarts_total", "Times the watches were begun anew, by reason.", "reason"
         )

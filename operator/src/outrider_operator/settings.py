@@ -183,12 +183,13 @@ class KafkaSinkSettings(Section, frozen=True):
     create_topic: Annotated[
         bool, Meta(description="Make the topic at start where it is not there.")
     ] = True
-    partitions: Annotated[
-        int, Meta(ge=-1, le=100_000, description="Partitions of a new topic; -1: the broker's.")
-    ] = 12
+    partitions: Annotated[int, Meta(ge=1, le=100_000, description="Partitions of a new topic.")] = (
+        12
+    )
     replication_factor: Annotated[
-        int, Meta(ge=-1, le=100, description="Replicas of a new topic; -1: the broker's default.")
-    ] = -1
+        int,
+        Meta(ge=1, le=100, description="Replicas of a new topic, or one a broker if that is less."),
+    ] = 3
     request_timeout_seconds: Annotated[
         Seconds, Meta(description="A broker must answer within this, seconds.")
     ] = 20.0
@@ -267,7 +268,7 @@ class FleetSettings(Section, frozen=True):
     ] = "outrider-server"
     token_file: Annotated[
         str, Meta(min_length=1, description="The replica's own token, with auth.audience.")
-    ] = "/var/run/secrets/outrider/token"
+    ] = "/var/run/secrets/outrider/token"  # noqa: S105 - a path
     resolve_seconds: Annotated[
         Seconds, Meta(description="Time between two looks for gateways, seconds.")
     ] = 5.0
