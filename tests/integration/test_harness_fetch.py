@@ -134,3 +134,20 @@ def test_progress_of_a_failure_and_of_the_others_beside_it() -> None:
     assert slow_ended.is_set()
     text = stream.getvalue()
     assert text.index("✗ bad failed") < text.index("✓ slow")
+
+
+def test_services_are_not_started_and_the_machine_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy-rc.d"
+    monkeypatch.setattr(packages, "POLICY", policy)
+    for left_by_a_killed_run in (False, True):
+        if left_by_a_killed_run:
+            policy.write_text(packages.POLICY_TEXT)
+        with packages._no_services():
+            assert subprocess.run([policy, "etcd", "start"], check=False).returncode == 101
+        assert not policy.exists()
+    policy.write_text("#!/bin/sh\nexit 0 # the administrator's own\n")
+    with packages._no_services():
+        pass
+    assert "administrator" in policy.read_text()
