@@ -100,7 +100,14 @@ class NodeStore(Protocol):
         """Metadata of all Nodes."""
 
 
-class Cluster(TaskStore, AgentStore, NodeStore, Protocol):
+class ConfigStore(Protocol):
+    """AgentConfigs."""
+
+    async def write_config_status(self, name: str, status: Mapping[str, Any]) -> Object:
+        """Change the status of an AgentConfig. Raises NotFoundError."""
+
+
+class Cluster(TaskStore, AgentStore, ConfigStore, NodeStore, Protocol):
     """All the controller needs of the API server."""
 
 

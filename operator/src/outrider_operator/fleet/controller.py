@@ -27,6 +27,7 @@ from outrider_operator.core.ports import (
 )
 from outrider_operator.core.registry import Registry, Session
 from outrider_operator.fleet.agents import AgentKeeper
+from outrider_operator.fleet.configs import ConfigNotices
 from outrider_operator.fleet.orphans import Orphans
 from outrider_operator.fleet.queue import WorkQueue
 from outrider_operator.fleet.tasks import TaskRunner, World
@@ -65,6 +66,7 @@ class Controller:
         self._tasks: dict[str, TaskRunner] = {}
         self._backoffs: dict[str, Backoff] = {}
         self._queue = WorkQueue(self._loop.time)
+        self._configs = ConfigNotices(cluster, time.time)
         self._orphans = Orphans(self._send, metrics, time.time)
         self._lost_links: dict[str, asyncio.TimerHandle] = {}
         self._servers: dict[str, str] = {}
@@ -109,6 +111,7 @@ class Controller:
                 group.create_task(self._work(), name=f"tasks {number}")
             group.create_task(self._agents.run(), name="agents")
             group.create_task(self._orphans.run(), name="orphans")
+            group.create_task(self._configs.run(), name="configs")
 
     # What the watches say.
 
@@ -122,7 +125,7 @@ class Controller:
             case "Agent":
                 self._agents.seen(change.body, change.gone)
             case "AgentConfig":
-                pass  # told by main: this version does not act on it
+                self._configs.seen(change.body, change.gone)
 
     def _see_task(self, body: Mapping[str, Any], gone: bool) -> None:
         uid = body["metadata"]["uid"]
@@ -316,6 +319,10 @@ class Controller:
             self._retry(uid, error)
         except (ClusterError, ValueError) as error:
             result = "failed"
+            self._retry(uid, error)
+        except Exception as error:  # noqa: BLE001 - one task must not end the work on all others
+            result = "error"
+            self._log.exception("task not carried on: a defect of this program", uid=uid)
             self._retry(uid, error)
         self._metrics.reconciles.labels(result).inc()
         self._count_tasks()

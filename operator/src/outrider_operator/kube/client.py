@@ -6,7 +6,7 @@ Never logs a request's content: TokenReviews hold tokens.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -75,12 +75,19 @@ class KubeClient:
     Args:
         config: from `configuration`.
         seconds: time limit of each request.
+        on_result: told of each request: "ok", "unavailable", "conflict", "missing", "refused".
     """
 
-    def __init__(self, config: Configuration, seconds: float = REQUEST_SECONDS) -> None:
+    def __init__(
+        self,
+        config: Configuration,
+        seconds: float = REQUEST_SECONDS,
+        on_result: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.api = ApiClient(config)
         self._host: str = config.host
         self._seconds = seconds
+        self._on_result = on_result
 
     async def close(self) -> None:
         """Close its connections."""
@@ -103,6 +110,17 @@ class KubeClient:
             NotFoundError: Status 404.
             ClusterError: Any other refusal.
         """
+        try:
+            answer = await self._request(method, target, body, content_type, accept)
+        except ClusterError as error:
+            self._on_result(_RESULTS.get(type(error), "refused"))
+            raise
+        self._on_result("ok")
+        return answer
+
+    async def _request(
+        self, method: str, target: str, body: Any, content_type: str, accept: str
+    ) -> Object:
         what = f"{method} {target.partition('?')[0]}"
         headers = {"Accept": accept, "Content-Type": content_type}
         try:
@@ -147,6 +165,13 @@ class KubeClient:
     async def json_patch(self, target: str, operations: Sequence[Mapping[str, Any]]) -> Object:
         """Change an object by operations. Raises as `request`."""
         return await self.request("PATCH", target, list(operations), content_type=JSON_PATCH)
+
+
+_RESULTS: Final = {
+    ClusterUnavailableError: "unavailable",
+    ConflictError: "conflict",
+    NotFoundError: "missing",
+}
 
 
 def _error(status: int, what: str, content: bytes) -> ClusterError:

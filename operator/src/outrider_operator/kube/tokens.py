@@ -9,13 +9,13 @@ from outrider_operator.kube.client import KubeClient, path
 REVIEWS = path("apis", "authentication.k8s.io", "v1", "tokenreviews")
 
 
-def reviewer(kube: KubeClient, audience: str) -> Callable[[str], Awaitable[ReviewStatus]]:
-    """A function that reviews tokens for one audience.
+def reviewer(kube: KubeClient) -> Callable[[str, str], Awaitable[ReviewStatus]]:
+    """A function that reviews a token for an audience.
 
     It raises ReviewUnavailableError where the API server cannot be asked.
     """
 
-    async def review(token: str) -> ReviewStatus:
+    async def review(token: str, audience: str) -> ReviewStatus:
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
