@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TextIO
 
+from cluster.errors import ClusterError, MissingError
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -101,7 +102,8 @@ class Steps:
         """Run independent jobs side by side, in threads, and wait for all of them.
 
         Raises:
-            ExceptionGroup: more than one job failed. If it was one, its own error is raised.
+            ClusterError: jobs failed with such; of several, one with all their texts.
+            BaseExceptionGroup: more than one job failed, and not only so. Of one, its own error.
         """
         if not jobs:
             return
@@ -110,6 +112,10 @@ class Steps:
         errors = [error for error in (future.exception() for future in futures) if error]
         if len(errors) == 1:
             raise errors[0]
+        if errors and all(isinstance(error, ClusterError) for error in errors):
+            missing = [error for error in errors if isinstance(error, MissingError)]
+            kind = MissingError if missing else ClusterError
+            raise kind("\n".join(map(str, missing or errors)))
         if errors:
             raise BaseExceptionGroup("several steps failed", errors)
 
@@ -147,7 +153,8 @@ class Steps:
                 self._ticking = None
 
     def _picture(self) -> Text:
-        return Text("\n".join(step.line() for step in tuple(self._active)), style="cyan")
+        lines = "\n".join(step.line() for step in tuple(self._active))
+        return Text(lines, style="cyan", no_wrap=True, overflow="ellipsis")
 
     def _tick(self, end: threading.Event) -> None:
         while not end.wait(min(QUIET_SECONDS, self._interval)):

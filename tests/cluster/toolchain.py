@@ -92,7 +92,8 @@ def ensure(names: Sequence[str], steps: Steps | None = None) -> dict[str, Path]:
         with steps.step(f"Go programs: {', '.join(absent)}") as whole:
             lock = paths.cache() / "bin" / "build.lock"
             with paths.locked(lock, lambda: whole.update("waiting for another run's build")):
-                for name in absent:
+                for number, name in enumerate(absent):
+                    whole.update(f"{number}/{len(absent)} built")
                     if not found[name].exists():  # the other run may have built it
                         _build(TOOLS[name], found[name], steps)
     for folder in {path.parent for path in found.values()}:

@@ -151,3 +151,17 @@ def test_services_are_not_started_and_the_machine_is_left_as_it_was(
     with packages._no_services():
         pass
     assert "administrator" in policy.read_text()
+
+
+def test_failures_of_several_jobs_are_all_told() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    steps = Steps(io.StringIO())
+    with pytest.raises(ClusterError, match=r"^one\ntwo$"):
+        steps.together(lambda: fail(ClusterError("one")), lambda: fail(ClusterError("two")))
+    # What is missing comes first: without it the rest cannot work.
+    with pytest.raises(MissingError, match=r"^one$"):
+        steps.together(lambda: fail(MissingError("one")), lambda: fail(ClusterError("two")))
+    with pytest.raises(BaseExceptionGroup):
+        steps.together(lambda: fail(ClusterError("one")), lambda: fail(ValueError("two")))
