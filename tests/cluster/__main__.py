@@ -10,7 +10,7 @@ import argparse
 import os
 import time
 
-from cluster import cgroups, faults, imagestore, lifecycle, machines, network, status
+from cluster import addons, cgroups, faults, imagestore, lifecycle, machines, network, status
 from cluster.errors import ClusterError, run_main
 from cluster.layout import KUBECONFIG, STATE, machine_name
 
@@ -24,6 +24,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("up", "start the control plane and the nodes")
     sub.add_argument("-n", "--nodes", type=int, default=3)
+    sub.add_argument("--kafka", action="store_true", help="with a Kafka broker")
+    sub.add_argument("--prometheus", action="store_true", help="with a Prometheus")
     sub = command("down", "remove everything")
     sub.add_argument("--check", action="store_true", help="only tell what there is; 1 if anything")
     sub = command("status", "processes, memory, CPU, nodes")
@@ -62,6 +64,10 @@ def _up(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     images.ensure_pause()
     lifecycle.up(arguments.nodes)
+    if arguments.kafka:
+        addons.start_kafka()
+    if arguments.prometheus:
+        addons.start_prometheus()
     seconds = time.monotonic() - began
     print(f"{arguments.nodes} nodes are up after {seconds:.1f} s; export KUBECONFIG={KUBECONFIG}")
 

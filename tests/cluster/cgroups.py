@@ -13,6 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from cluster.errors import MissingError
 from cluster.layout import NAME, PREFIX
 
 ROOT = Path("/sys/fs/cgroup")
@@ -20,11 +21,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 @cache
 def hierarchies() -> tuple[tuple[str, str], ...]:
-    """The version 1 mounts as (folder, mount option), for example ("memory", "memory").
-
-    Raises:
-        RuntimeError: this machine has none; the cluster needs cgroup version 1.
-    """
+    """The version 1 mounts as (folder, mount option), for example ("memory", "memory")."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
@@ -33,12 +30,22 @@ def hierarchies() -> tuple[tuple[str, str], ...]:
         if kind == "cgroup" and mountpoint.parent == ROOT:
             own = [o for o in options.split(",") if o not in ("rw", "ro", "relatime", "xattr")]
             found.append((mountpoint.name, ",".join(own)))
-    if not found:
-        raise RuntimeError(
-            f"no cgroup version 1 hierarchies under {ROOT}: the test cluster needs them "
-            "(boot with systemd.unified_cgroup_hierarchy=0)"
-        )
     return tuple(found)
+
+
+def require() -> None:
+    """See that the machine has what the cluster needs.
+
+    Raises:
+        MissingError: it has no cgroup version 1, or a hierarchy less than is needed.
+    """
+    absent = {"pids", "freezer", "memory", "cpu", "devices"} - {name for name, _ in hierarchies()}
+    if absent:
+        raise MissingError(
+            f"no cgroup version 1 hierarchy for {', '.join(sorted(absent))} under {ROOT}: the "
+            "three-node cluster needs them (boot with systemd.unified_cgroup_hierarchy=0 "
+            "systemd.legacy_systemd_cgroup_controller=1, or use a container of such a machine)"
+        )
 
 
 def folder(hierarchy: str, path: str = ".") -> Path:

@@ -29,7 +29,7 @@ from cluster import (
     sysctls,
     toolchain,
 )
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MissingError
 from cluster.layout import (
     DEBIAN_PACKAGES,
     DNS_SERVICE,
@@ -65,6 +65,9 @@ def up(node_count: int) -> None:
     """
     if not 1 <= node_count <= MAX_NODES:
         raise ClusterError(f"cannot make {node_count} nodes: expected 1 to {MAX_NODES}")
+    if os.geteuid() != 0:
+        raise MissingError("the three-node cluster needs root (namespaces, mounts): run as root")
+    cgroups.require()
     packages.ensure(DEBIAN_PACKAGES)
     programs = toolchain.ensure([*KUBERNETES_PROGRAMS])
     kill_processes()  # a running `up` of the same name holds the lock
