@@ -1,0 +1,1 @@
+"""What the agent gathers by itself: its heart-beat, and the host's metrics."""

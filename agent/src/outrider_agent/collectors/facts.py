@@ -1,0 +1,28 @@
+"""What the builtin Facts prints: the node as one JSON object, for people and for scripts."""
+
+import json
+import os
+import time
+
+import psutil
+
+from outrider_agent.collectors import hostinfo
+from outrider_agent.collectors.hostinfo import HostPaths
+
+
+def facts(paths: HostPaths, *, node: str, version: str) -> bytes:
+    """The facts, as indented JSON with a line feed at its end. Blocks: use a thread."""
+    addresses = hostinfo.addresses()
+    memory = psutil.virtual_memory()
+    found = {
+        "node": node,
+        "agent_version": version,
+        "uptime_seconds": int(time.time() - psutil.boot_time()),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "memory_available_bytes": memory.available,
+        "ipv4": addresses.intranet_ipv4 + addresses.extranet_ipv4,
+        "ipv6": addresses.intranet_ipv6 + addresses.extranet_ipv6,
+        **hostinfo.static_fields(paths),
+        **hostinfo.changing_fields(paths),
+    }
+    return (json.dumps(found, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -1,0 +1,122 @@
+"""The heart-beat record: what this agent is, how it does, and what it runs on.
+
+Its fields have the names that consumers of such heart-beats know, all of them strings. Speeds are
+bytes per second, times seconds since the Unix epoch, `cpu`, `cpu_usage` and `mem_usage` percent
+(`cpu` of one processor), sizes bytes.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from outrider_agent.collectors import hostinfo
+from outrider_agent.collectors.hostinfo import HostPaths
+from outrider_agent.core.traffic import Rates, Traffic
+
+
+@dataclass(frozen=True)
+class AgentStatus:
+    """What the agent says of itself.
+
+    Attributes:
+        state: "running" or "abnormal".
+        detail: Why it is abnormal, else empty.
+        net_mode: How its server was found.
+    """
+
+    state: str
+    detail: str
+    net_mode: str
+
+
+class Heartbeat:
+    """Makes the fields of heart-beats. `collect` blocks: use a thread."""
+
+    def __init__(
+        self,
+        *,
+        paths: HostPaths,
+        state_directory: Path,
+        region: str,
+        traffic: Traffic,
+        status: Callable[[], AgentStatus],
+        started: float,
+    ) -> None:
+        self._paths = paths
+        self._state_directory = state_directory
+        self._region = region
+        self._traffic = traffic
+        self._status = status
+        self._started = started
+        self._rates = Rates()
+        self._static: dict[str, str] = {}
+
+    def collect(self) -> dict[str, str]:
+        """The fields of one heart-beat."""
+        if not self._static:
+            self._static = hostinfo.static_fields(self._paths)
+        return {
+            **self._static,
+            **hostinfo.changing_fields(self._paths),
+            **self._of_agent(),
+            **self._of_host(),
+        }
+
+    def _of_agent(self) -> dict[str, str]:
+        status = self._status()
+        rates = self._rates.update(
+            {
+                **hostinfo.self_counters(),
+                "rx_bytes": self._traffic.received_bytes,
+                "tx_bytes": self._traffic.sent_bytes,
+                "rx": self._traffic.received_messages,
+                "tx": self._traffic.sent_records,
+            },
+            time.monotonic(),
+        )
+        return {
+            "state": status.state,
+            "state_detail": status.detail,
+            "idc": "",  # there is no such thing as a data centre's name on a Node
+            "region": self._region,
+            "net_mode": status.net_mode,
+            "rx_speed": f"{rates['rx_bytes']:.2f}",
+            "tx_speed": f"{rates['tx_bytes']:.2f}",
+            "rx_tps": f"{rates['rx']:.2f}",
+            "tx_tps": f"{rates['tx']:.2f}",
+            "cpu": f"{rates['cpu'] * 100:.4f}",
+            "read_speed": f"{rates['read']:.2f}",
+            "write_speed": f"{rates['write']:.2f}",
+            "rss": str(hostinfo.self_rss()),
+            "pid": str(os.getpid()),
+            "nfd": str(hostinfo.self_descriptors()),
+            "start_time": str(int(self._started)),
+            "du": str(hostinfo.disk_use(self._state_directory)),
+        }
+
+    def _of_host(self) -> dict[str, str]:
+        loads = psutil.getloadavg()
+        running, total = process_counts(self._paths.proc)
+        return {
+            "load_1": f"{loads[0]:.2f}",
+            "load_5": f"{loads[1]:.2f}",
+            "load_15": f"{loads[2]:.2f}",
+            "running_procs": str(running),
+            "total_procs": str(total),
+            # Since the last call; 0 at the first.
+            "cpu_usage": f"{psutil.cpu_percent():.2f}",
+            "mem_usage": f"{psutil.virtual_memory().percent:.2f}",
+        }
+
+
+def process_counts(proc: Path) -> tuple[int, int]:
+    """Processes that run or could run, and all there are."""
+    running = 0
+    for line in hostinfo.read(proc / "stat").splitlines():
+        if line.startswith("procs_running "):
+            running = int(line.split()[1])
+    return running, sum(1 for name in os.listdir(proc) if name.isdigit())  # noqa: PTH208 - a count

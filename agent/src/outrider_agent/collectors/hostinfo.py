@@ -1,0 +1,156 @@
+"""What a host is: kernel, distribution, hardware, addresses. Read from its files, all optional.
+
+Calls block: use a thread. Reads of the host what is mounted for us and invents nothing: what
+cannot be read is empty.
+"""
+
+import ipaddress
+import os
+import platform
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+#: Most addresses of one kind that are told.
+MAX_ADDRESSES = 64
+_FILE_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class HostPaths:
+    """Where the host's file systems are mounted."""
+
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    root: Path = Path("/")
+
+
+@dataclass
+class Addresses:
+    """The host's addresses, textual."""
+
+    intranet_ipv4: list[str] = field(default_factory=list)
+    extranet_ipv4: list[str] = field(default_factory=list)
+    intranet_ipv6: list[str] = field(default_factory=list)
+    extranet_ipv6: list[str] = field(default_factory=list)
+
+
+def read(path: Path) -> str:
+    """A small file's text without white space around it; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_FILE_BYTES).decode("utf-8", "replace").strip("\0 \t\r\n")
+    except OSError:
+        return ""
+
+
+def static_fields(paths: HostPaths) -> dict[str, str]:
+    """What does not change while the host runs; names as in the heart-beat."""
+    release = _os_release(paths.root)
+    dmi = paths.sys / "class/dmi/id"
+    return {
+        "kernel_version": platform.release(),
+        "arch": platform.machine(),
+        "platform": release.get("ID", "linux"),
+        "platform_family": release.get("ID_LIKE", release.get("ID", "")),
+        "platform_version": release.get("VERSION_ID", ""),
+        "host_serial": read(dmi / "product_serial"),
+        "host_id": read(dmi / "product_uuid") or read(paths.root / "etc/machine-id"),
+        "host_model": read(dmi / "product_name"),
+        "host_vendor": read(dmi / "sys_vendor"),
+        "cpu_name": _cpu_name(paths.proc),
+        "nproc": str(psutil.cpu_count() or 0),
+        "total_mem": str(psutil.virtual_memory().total),
+        "boot_time": str(int(psutil.boot_time())),
+    }
+
+
+def changing_fields(paths: HostPaths) -> dict[str, str]:
+    """What an administrator may change while the host runs."""
+    return {"dns": ",".join(_nameservers(paths.root)), "gateway": _gateway(paths.proc)}
+
+
+def _os_release(root: Path) -> dict[str, str]:
+    text = read(root / "etc/os-release") or read(root / "usr/lib/os-release")
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {name.strip(): value.strip().strip("\"'") for name, _, value in pairs}
+
+
+def _cpu_name(proc: Path) -> str:
+    for line in read(proc / "cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Hardware", "Processor"):
+            return value.strip()
+    return platform.processor()
+
+
+def _nameservers(root: Path) -> list[str]:
+    lines = (line.split() for line in read(root / "etc/resolv.conf").splitlines())
+    return [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"][:8]
+
+
+def _gateway(proc: Path) -> str:
+    """The IPv4 gateway of the default route. Process 1 has the host's network."""
+    text = read(proc / "1/net/route") or read(proc / "net/route")
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) > 3 and words[1] == "00000000" and int(words[3], 16) & 2:
+            return str(ipaddress.IPv4Address(int.from_bytes(bytes.fromhex(words[2])[::-1])))
+    return ""
+
+
+def addresses() -> Addresses:
+    """The addresses of this network namespace, but for loopback and link-local ones."""
+    found = Addresses()
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            address = ipaddress.ip_address(entry.address.partition("%")[0])
+            if address.is_loopback or address.is_link_local:
+                continue
+            kind = "intranet" if address.is_private else "extranet"
+            listed: list[str] = getattr(found, f"{kind}_ipv{address.version}")
+            if len(listed) < MAX_ADDRESSES:
+                listed.append(str(address))
+    return found
+
+
+def self_counters() -> dict[str, float]:
+    """Counters of this process: CPU seconds, and bytes it read and wrote."""
+    times = os.times()
+    io = dict(
+        line.split(": ", 1) for line in read(Path("/proc/self/io")).splitlines() if ": " in line
+    )
+    return {
+        "cpu": times.user + times.system,
+        "read": float(io.get("read_bytes", 0)),
+        "write": float(io.get("write_bytes", 0)),
+    }
+
+
+def self_rss() -> int:
+    """Resident memory of this process, bytes."""
+    words = read(Path("/proc/self/statm")).split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else 0
+
+
+def self_descriptors() -> int:
+    """Open file descriptors of this process."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only their number counts
+    except OSError:
+        return 0
+
+
+def disk_use(directory: Path) -> int:
+    """Bytes that the files in a directory take on disk; it has few and no deep ones."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.lstat().st_blocks * 512
+        except OSError:
+            continue  # gone meanwhile
+    return total

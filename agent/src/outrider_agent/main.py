@@ -1,0 +1,292 @@
+"""Puts the agent together, starts it, and stops it in order.
+
+The only module that knows all parts. One TaskGroup owns everything that runs; the first error in
+it ends the agent, whose cause is the last line of its log.
+"""
+
+import asyncio
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+from outrider_proto import records
+from outrider_proto.v1 import agent_pb2 as pb
+from outrider_runtime import life, logs
+from outrider_runtime.health import Health
+from outrider_runtime.life import Stop
+from outrider_runtime.metrics import LoopLag, new_registry
+from outrider_runtime.ops import OpsServer
+from outrider_runtime.settings import SettingsError, load
+from prometheus_client import CollectorRegistry
+
+from outrider_agent.collectors import hostinfo
+from outrider_agent.collectors.facts import facts
+from outrider_agent.collectors.heartbeat import AgentStatus, Heartbeat
+from outrider_agent.collectors.host import HostMetrics
+from outrider_agent.collectors.hostinfo import HostPaths
+from outrider_agent.collectors.schedule import collect_forever
+from outrider_agent.core.batching import BatchLimits
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.settings import AgentSettings, check
+from outrider_agent.store.recorder import Recorder, RecorderOptions
+from outrider_agent.store.store import Store, StoreLimits, open_store
+from outrider_agent.tasks import processes
+from outrider_agent.tasks.execution import BuiltinFunction, Host
+from outrider_agent.tasks.supervisor import RunLimits, Supervisor
+from outrider_agent.uplink.uplink import Identity, Uplink
+
+PROGRAM = "outrider-agent"
+VERSION = package_version(PROGRAM)
+
+#: Threads for programs: starting and ending them blocks, for moments.
+RUN_THREADS = 4
+#: At the end, for what is still to be sent and stored, seconds.
+SETTLE_SECONDS = 2.0
+FINISH_SECONDS = 5.0
+
+_CODECS: Mapping[str, pb.Codec.ValueType] = {"zstd": pb.CODEC_ZSTD, "none": pb.CODEC_NONE}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the agent until it is told to stop; the exit code."""
+    try:
+        settings = load(
+            AgentSettings,
+            program=PROGRAM,
+            version=VERSION,
+            argv=sys.argv[1:] if argv is None else argv,
+            environ=os.environ,
+        )
+        check(settings)
+    except SettingsError as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return life.USAGE
+    logs.configure(settings.log.level, settings.log.format)
+    log = logs.get_logger("outrider.agent", node=settings.node.name)
+    log.info("starting", version=VERSION, pid=os.getpid())
+    return life.run(lambda stop: serve(settings, stop, log), log)
+
+
+async def serve(settings: AgentSettings, stop: Stop, log: structlog.stdlib.BoundLogger) -> None:
+    """Run the agent until `stop` is set.
+
+    Raises:
+        SettingsError: An address or a directory cannot be used.
+    """
+    registry = new_registry()
+    metrics = AgentMetrics(registry)
+    metrics.info.labels(VERSION).set(1)
+    health = Health()
+    limits = StoreLimits(
+        max_outbox_bytes=settings.state.max_outbox_bytes,
+        tombstone_seconds=settings.tasks.tombstone_seconds,
+        max_tombstones=settings.tasks.max_tombstones,
+    )
+    processes.become_subreaper()
+    async with (
+        OpsServer(settings.ops.address, registry, health) as ops,
+        open_store(Path(settings.state.directory), limits, metrics) as store,
+    ):
+        log.info("listening", address=settings.ops.address, port=ops.port)
+        with ThreadPoolExecutor(RUN_THREADS, thread_name_prefix="run") as threads:
+            agent = _Agent.build(settings, store, metrics, health, threads)
+            await agent.run(stop, registry)
+
+
+@dataclass
+class _Agent:
+    """The parts that run, wired to one another."""
+
+    settings: AgentSettings
+    store: Store
+    metrics: AgentMetrics
+    health: Health
+    recorder: Recorder
+    uplink: Uplink
+    supervisor: Supervisor
+    started: float
+
+    @classmethod
+    def build(
+        cls,
+        settings: AgentSettings,
+        store: Store,
+        metrics: AgentMetrics,
+        health: Health,
+        threads: ThreadPoolExecutor,
+    ) -> "_Agent":
+        """Make all parts; nothing runs yet."""
+        started = time.time()
+        paths = _paths(settings)
+        psutil.PROCFS_PATH = settings.node.proc
+        recorder = Recorder(store, _recorder_options(settings), metrics)
+        uplink = Uplink(
+            settings.server,
+            _identity(settings, started),
+            store,
+            metrics,
+            partial(health.set, "connected"),
+        )
+        store.on_append = uplink.batch_appended
+        health.live("store", store.check)
+        host = Host(
+            node=settings.node.name,
+            work_directory=_work_directory(settings),
+            grace=settings.tasks.termination_grace_seconds,
+            builtins=_builtins(settings, paths),
+            records=recorder,
+            threads=threads,
+        )
+        run_limits = RunLimits(
+            allowed=settings.tasks.allowed_kinds,
+            max_concurrent=settings.tasks.max_concurrent,
+            max_queued=settings.tasks.max_queued,
+        )
+        supervisor = Supervisor(store, host, run_limits, metrics, uplink.run_changed)
+        return cls(settings, store, metrics, health, recorder, uplink, supervisor, started)
+
+    async def run(self, stop: Stop, registry: CollectorRegistry) -> None:
+        """Own all parts until `stop` is set; then stop them in order."""
+        await self.supervisor.recover()
+        async with asyncio.TaskGroup() as group:
+
+            def start(name: str, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+                return group.create_task(part, name=name)
+
+            recorder = start("recorder", self.recorder.run())
+            rest = [
+                start("store", self.store.watch()),
+                start("loop lag", LoopLag(registry).watch()),
+                start("supervisor", self.supervisor.run()),
+                *(start(name, part) for name, part in self._collectors()),
+            ]
+            # After the supervisor's task, which takes what servers ask for.
+            rest.append(start("uplink", self.uplink.run(self.supervisor)))
+            await stop.wait()
+            await self._end(recorder)
+            for task in rest:
+                task.cancel()
+
+    async def _end(self, recorder: asyncio.Task[None]) -> None:
+        """Runs first, then their output and results, then the records that are left."""
+        await self.supervisor.drain(self.settings.tasks.drain_seconds)
+        await self.recorder.finish()
+        await asyncio.wait({recorder}, timeout=FINISH_SECONDS)
+        if not recorder.done():
+            recorder.cancel()
+        if self.health.ready:  # a server may still take what is left
+            await self.uplink.settle(SETTLE_SECONDS)
+
+    def _collectors(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        settings, paths = self.settings, _paths(self.settings)
+        heartbeat = Heartbeat(
+            paths=paths,
+            state_directory=Path(settings.state.directory),
+            region=settings.server.region,
+            traffic=self.uplink.traffic,
+            status=self._status,
+            started=self.started,
+        )
+        found = [
+            (
+                "heartbeat",
+                collect_forever(
+                    "heartbeat",
+                    records.AGENT_HEARTBEAT,
+                    settings.heartbeat.interval_seconds,
+                    heartbeat.collect,
+                    self.recorder,
+                    self.metrics,
+                ),
+            )
+        ]
+        if settings.collectors.host.enabled:
+            found.append(
+                (
+                    "host",
+                    collect_forever(
+                        "host",
+                        records.HOST_METRICS,
+                        settings.collectors.host.interval_seconds,
+                        HostMetrics(paths).collect,
+                        self.recorder,
+                        self.metrics,
+                    ),
+                )
+            )
+        return found
+
+    def _status(self) -> AgentStatus:
+        problems = [c.reason for c in self.health.readiness() if not c.ok]
+        return AgentStatus(
+            "abnormal" if problems else "running", "; ".join(problems), self.uplink.net_mode
+        )
+
+
+def _paths(settings: AgentSettings) -> HostPaths:
+    node = settings.node
+    return HostPaths(Path(node.proc), Path(node.sys), Path(node.root))
+
+
+def _work_directory(settings: AgentSettings) -> Path:
+    named = settings.tasks.work_directory
+    return Path(named) if named else (Path(settings.state.directory) / "runs").absolute()
+
+
+def _recorder_options(settings: AgentSettings) -> RecorderOptions:
+    batch = settings.batch
+    return RecorderOptions(
+        BatchLimits(batch.max_delay_millis / 1000, batch.max_bytes), _CODECS[batch.codec]
+    )
+
+
+def _builtins(settings: AgentSettings, paths: HostPaths) -> dict[int, BuiltinFunction]:
+    async def ping() -> bytes:
+        return b"pong\n"
+
+    async def print_facts() -> bytes:
+        return await asyncio.to_thread(facts, paths, node=settings.node.name, version=VERSION)
+
+    return {pb.BUILTIN_PING: ping, pb.BUILTIN_FACTS: print_facts}
+
+
+def _identity(settings: AgentSettings, started: float) -> Identity:
+    addresses = hostinfo.addresses()
+    envelope = pb.PackagedData(
+        intranet_ipv4=addresses.intranet_ipv4,
+        extranet_ipv4=addresses.extranet_ipv4,
+        intranet_ipv6=addresses.intranet_ipv6,
+        extranet_ipv6=addresses.extranet_ipv6,
+        hostname=socket.gethostname(),
+        version=VERSION,
+        product=PROGRAM,
+    )
+    hello = pb.Hello(
+        node=settings.node.name,
+        version=VERSION,
+        instance=secrets.token_hex(8),
+        started_unix=int(started),
+        platform=f"linux/{_ARCHITECTURES.get(platform.machine(), platform.machine())}",
+        kernel=platform.release(),
+        run_kinds=settings.tasks.allowed_kinds,
+    )
+    return Identity(hello, envelope)
+
+
+#: Names as in the label kubernetes.io/arch.
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Every setting of the agent: one typed schema, with unit, default and meaning at each field.
+
+Settings are passed in, never global. What one file cannot know (does the certificate exist, is
+the node named) is checked by `check`, before anything starts.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, field
+from outrider_runtime.discovery import check_target
+from outrider_runtime.logs import LogSettings
+from outrider_runtime.settings import Section, SettingsError, address, readable
+
+from outrider_agent.core.policy import RUN_KINDS
+
+MIB = 1024 * 1024
+
+
+class OpsSettings(Section, frozen=True):
+    """The listener for metrics and health."""
+
+    address: Annotated[
+        str, Meta(description='Where /metrics, /healthz and /readyz are served, "host:port".')
+    ] = ":8081"
+
+
+class NodeSettings(Section, frozen=True):
+    """The node that the agent runs on."""
+
+    name: Annotated[
+        str, Meta(description="Name of the Node object; must be the one in the token. Required.")
+    ] = ""
+    proc: Annotated[
+        str,
+        Meta(description="Where the proc file system of the host is mounted; for metrics only."),
+    ] = "/proc"
+    sys: Annotated[
+        str, Meta(description="Where the sysfs of the host is mounted; for metrics only.")
+    ] = "/sys"
+    root: Annotated[
+        str, Meta(description="Where the root of the host is mounted; for metrics only.")
+    ] = "/"
+
+
+class ServerSettings(Section, frozen=True):
+    """Where the servers are, and how the agent proves itself."""
+
+    target: Annotated[
+        str,
+        Meta(
+            description='How servers are found: "srv:_grpc._tcp.NAME", "dns:HOST:PORT" or '
+            '"HOST:PORT,HOST:PORT"; up to 10 addresses, shuffled. Empty: not by DNS.'
+        ),
+    ] = "srv:_grpc._tcp.outrider-server.outrider.svc"
+    private: Annotated[
+        dict[str, str],
+        Meta(description='Private address by region, "host:port"; tried after the target.'),
+    ] = field(default_factory=dict)
+    public: Annotated[
+        dict[str, str],
+        Meta(description='Public address by region, "host:port"; tried last.'),
+    ] = field(default_factory=dict)
+    region: Annotated[
+        str, Meta(description="Region of this node: picks among private and public addresses.")
+    ] = ""
+    ca_file: Annotated[
+        str, Meta(description="Certificates (PEM) that the server's must come from; read anew.")
+    ] = "/etc/outrider/tls/ca.crt"
+    server_name: Annotated[
+        str, Meta(min_length=1, description="Name that the server's certificate must have.")
+    ] = "outrider-server.outrider.svc"
+    token_file: Annotated[
+        str,
+        Meta(description="ServiceAccount token with the audience of the servers; read anew."),
+    ] = "/var/run/secrets/outrider/token"  # noqa: S105 - a path
+    dial_timeout_seconds: Annotated[
+        float, Meta(gt=0, le=60, description="Longest wait for one address to connect, seconds.")
+    ] = 3.0
+    backoff_base_seconds: Annotated[
+        float, Meta(gt=0, le=60, description="Bound of the first wait after a failure, seconds.")
+    ] = 0.5
+    backoff_cap_seconds: Annotated[
+        float, Meta(gt=0, le=3600, description="Bound that waits grow to, seconds.")
+    ] = 30.0
+
+
+class StateSettings(Section, frozen=True):
+    """What the agent keeps on disk."""
+
+    directory: Annotated[
+        str, Meta(min_length=1, description="Directory of the agent's file; must survive the Pod.")
+    ] = "/var/lib/outrider"
+    max_outbox_bytes: Annotated[
+        int,
+        Meta(
+            ge=MIB,
+            description="Most bytes of records that wait for a server; past it the oldest of the "
+            "least class go.",
+        ),
+    ] = 256 * MIB
+
+
+class HeartbeatSettings(Section, frozen=True):
+    """The heart-beat record."""
+
+    interval_seconds: Annotated[
+        float, Meta(ge=1, le=3600, description="Time between two heart-beat records, seconds.")
+    ] = 60.0
+
+
+class HostSettings(Section, frozen=True):
+    """Metrics of the host, as records."""
+
+    enabled: Annotated[bool, Meta(description="Whether they are gathered.")] = True
+    interval_seconds: Annotated[
+        float, Meta(ge=1, le=3600, description="Time between two collections, seconds.")
+    ] = 15.0
+
+
+class CollectorsSettings(Section, frozen=True):
+    """What is gathered."""
+
+    host: HostSettings = field(default_factory=HostSettings)
+
+
+class BatchSettings(Section, frozen=True):
+    """How records become batches."""
+
+    max_delay_millis: Annotated[
+        int, Meta(ge=1, le=60_000, description="Longest wait of a record, milliseconds.")
+    ] = 100
+    max_bytes: Annotated[
+        int,
+        Meta(ge=1024, le=2 * MIB, description="Size before compression that closes a batch."),
+    ] = 512 * 1024
+    codec: Annotated[
+        Literal["zstd", "none"], Meta(description="How batches are compressed: zstd or none.")
+    ] = "zstd"
+
+
+class TasksSettings(Section, frozen=True):
+    """What the agent runs, and within which limits."""
+
+    allowed_kinds: Annotated[
+        tuple[str, ...],
+        Meta(description=f"Kinds of run this node allows, of {', '.join(RUN_KINDS)}."),
+    ] = RUN_KINDS
+    max_concurrent: Annotated[
+        int, Meta(ge=1, le=1024, description="Most runs at once; further ones wait.")
+    ] = 16
+    max_queued: Annotated[
+        int, Meta(ge=0, le=4096, description="Most runs that wait; further ones are rejected.")
+    ] = 256
+    work_directory: Annotated[
+        str,
+        Meta(
+            description="Where scripts are put while they run. Empty: the directory `runs` in "
+            "state.directory."
+        ),
+    ] = ""
+    termination_grace_seconds: Annotated[
+        float, Meta(ge=0, le=300, description="Time between TERM and KILL for a run, seconds.")
+    ] = 5.0
+    drain_seconds: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="Time for runs to end when the agent stops, seconds."),
+    ] = 10.0
+    tombstone_seconds: Annotated[
+        int,
+        Meta(ge=60, description="How long acknowledged runs are remembered, seconds."),
+    ] = 604_800
+    max_tombstones: Annotated[
+        int, Meta(ge=100, description="Most acknowledged runs that are remembered.")
+    ] = 50_000
+
+
+class AgentSettings(Section, frozen=True):
+    """All settings of the agent."""
+
+    log: LogSettings = field(default_factory=LogSettings)
+    ops: OpsSettings = field(default_factory=OpsSettings)
+    node: NodeSettings = field(default_factory=NodeSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    state: StateSettings = field(default_factory=StateSettings)
+    heartbeat: HeartbeatSettings = field(default_factory=HeartbeatSettings)
+    collectors: CollectorsSettings = field(default_factory=CollectorsSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    tasks: TasksSettings = field(default_factory=TasksSettings)
+
+
+def check(settings: AgentSettings) -> None:
+    """Refuse settings that the schema cannot: names, addresses, files.
+
+    Raises:
+        SettingsError: With the setting's name and what was expected.
+    """
+    if not settings.node.name:
+        raise SettingsError('setting "node.name": expected the name of this Node, got nothing')
+    server = settings.server
+    if server.target:
+        check_target(server.target, setting="server.target")
+    for name, table in (("private", server.private), ("public", server.public)):
+        for region, text in table.items():
+            if not address(text, setting=f"server.{name}.{region}")[0]:
+                raise SettingsError(
+                    f'setting "server.{name}.{region}": expected a host before ":", got {text!r}'
+                )
+    if not (server.target or server.region in server.private or server.region in server.public):
+        raise SettingsError(
+            'setting "server.target": expected a way to find servers, and there is no private or '
+            f"public address for region {server.region!r} either"
+        )
+    ca = readable(server.ca_file, setting="server.caFile")
+    if b"-----BEGIN CERTIFICATE-----" not in ca:
+        raise SettingsError(
+            f'setting "server.caFile": expected PEM certificates in {server.ca_file!r}'
+        )
+    readable(server.token_file, setting="server.tokenFile")
+    unknown = sorted(set(settings.tasks.allowed_kinds) - set(RUN_KINDS))
+    if unknown:
+        raise SettingsError(
+            f'setting "tasks.allowedKinds": expected some of {", ".join(RUN_KINDS)}, '
+            f"got {', '.join(unknown)}"
+        )

@@ -1,0 +1,247 @@
+"""Keeps the agent connected: finds servers, tries them in order, backs off, and begins again.
+
+Each change of state is logged once, not each try. The token and the certificates are read anew at
+every connect. What goes over a stream is `stream`'s matter.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from outrider_proto.channel import TokenFile, bearer, connect
+from outrider_proto.v1 import agent_pb2 as pb
+from outrider_proto.v1.agent_pb2_grpc import AgentServiceStub
+from outrider_runtime.backoff import Backoff
+from outrider_runtime.discovery import DiscoveryError, resolve
+from outrider_runtime.logs import get_logger
+
+from outrider_agent.core.routes import MAX_DISCOVERED, Route, plan
+from outrider_agent.core.session import End, ProtocolError, Welcomed
+from outrider_agent.core.storage import Outbox, StorageError
+from outrider_agent.core.traffic import Traffic
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.settings import ServerSettings
+from outrider_agent.uplink.stream import Runs, Stream, StreamClosedError
+
+log = get_logger("outrider.uplink")
+
+#: A stream that lasted this long was a success: the next back-off begins anew, seconds.
+STEADY_SECONDS = 10.0
+#: After a stream that ended as planned we connect at once, unless it was as short as this, seconds.
+QUICK_SECONDS = 1.0
+
+_REFUSALS = {
+    grpc.StatusCode.UNAUTHENTICATED: "the server does not accept our token",
+    grpc.StatusCode.PERMISSION_DENIED: "the server does not let our token speak for this node",
+}
+
+
+class DialError(Exception):
+    """An address did not connect in time, or what we need to connect cannot be read."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the agent says of itself; `hello` without its net mode."""
+
+    hello: pb.Hello
+    envelope: pb.PackagedData
+
+    def first_message(self, route: Route) -> pb.PackagedData:
+        """The first message of a stream."""
+        message = pb.PackagedData()
+        message.CopyFrom(self.envelope)
+        message.hello.CopyFrom(self.hello)
+        message.hello.net_mode = route.mode.value
+        return message
+
+
+class Uplink:
+    """The agent's connection. `set_connected` is told of each change, with the reason."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        identity: Identity,
+        outbox: Outbox,
+        metrics: AgentMetrics,
+        set_connected: Callable[[bool, str], None],
+    ) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._outbox = outbox
+        self._metrics = metrics
+        self._set_connected = set_connected
+        self._token = TokenFile(settings.token_file)
+        self._backoff = Backoff(settings.backoff_base_seconds, settings.backoff_cap_seconds)
+        self._stream: Stream | None = None
+        self._problem = ""
+        self._welcomed_at = 0.0
+        self._avoid = ""
+        #: How the server in use was found: "sd", "private" or "public"; empty before the first.
+        self.net_mode = ""
+        self.traffic = Traffic()
+        set_connected(False, "not connected yet")
+
+    def run_changed(self, state: pb.RunState) -> None:
+        """Report a run's new state. Without a stream it is in the next complete report."""
+        if self._stream is not None:
+            self._stream.changed(state)
+
+    def batch_appended(self) -> None:
+        """The outbox has a new batch."""
+        if self._stream is not None:
+            self._stream.appended()
+
+    async def settle(self, seconds: float) -> bool:
+        """Wait until all reports of runs were sent, at most so long; False if they were not."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._stream is not None and self._stream.idle:
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    async def run(self, runs: Runs) -> None:
+        """Keep connected for ever."""
+        while True:
+            planned = False
+            for route in await self._routes():
+                end = await self._use(route, runs)
+                planned = end is not None and end.planned
+                self._avoid = route.address if end is End.DRAIN else ""
+                if planned or self._lasted(STEADY_SECONDS):
+                    break  # look for servers anew: there may be others by now
+            if self._lasted(STEADY_SECONDS):
+                self._backoff.reset()
+            if not planned or not self._lasted(QUICK_SECONDS):
+                await asyncio.sleep(self._backoff.next())
+
+    def _lasted(self, seconds: float) -> bool:
+        """Whether the last stream was taken by its server, and so long ago."""
+        return bool(self._welcomed_at) and time.monotonic() - self._welcomed_at >= seconds
+
+    async def _routes(self) -> list[Route]:
+        settings = self._settings
+        found: list[str] = []
+        if settings.target:
+            try:
+                addresses = await resolve(settings.target, limit=MAX_DISCOVERED + 1)
+                found = [str(address) for address in addresses]
+            except DiscoveryError as error:
+                self._metrics.discovery_failures.inc()
+                self._tell(f"no server found: {error}")
+        return plan(
+            found,
+            private=settings.private.get(settings.region, ""),
+            public=settings.public.get(settings.region, ""),
+            avoid=self._avoid,
+        )
+
+    async def _use(self, route: Route, runs: Runs) -> End | None:
+        """Connect to one address and stay; why we left of our own will, None for an error."""
+        self._welcomed_at = 0.0
+        result = "failed"
+        try:
+            end = await self._stay(route, runs)
+        except DialError as error:
+            result = "unreachable"
+            self._tell(str(error))
+        except grpc.aio.AioRpcError as error:
+            result = "refused" if error.code() in _REFUSALS else "failed"
+            self._tell(_explain(route, error))
+        except (StreamClosedError, ProtocolError, StorageError) as error:
+            self._tell(f"{route.address}: {error}")
+        else:
+            result = end.name.lower()
+            self._leave(f"{route.address}: {end.value}", planned=end.planned)
+            if self._welcomed_at:
+                self._metrics.disconnects.labels(result).inc()
+            return end
+        if self._welcomed_at:
+            self._metrics.disconnects.labels(result).inc()
+        else:
+            self._metrics.connects.labels(route.mode.value, result).inc()
+        return None
+
+    async def _stay(self, route: Route, runs: Runs) -> End:
+        try:
+            ca = await asyncio.to_thread(Path(self._settings.ca_file).read_bytes)
+            token = await asyncio.to_thread(self._token.read)
+        except (OSError, ValueError) as error:
+            raise DialError(f"cannot read what it takes to connect: {error}") from None
+        channel = connect(route.address, ca=ca, server_name=self._settings.server_name)
+        try:
+            await self._dial(channel, route)
+            call = AgentServiceStub(channel).Transfer(metadata=bearer(token))
+            stream = Stream(
+                call,
+                self._identity.first_message(route),
+                self._outbox,
+                runs,
+                self._metrics,
+                self.traffic,
+                on_welcome=lambda welcomed: self._welcome(route, welcomed),
+            )
+            self._stream = stream
+            try:
+                return await stream.run()
+            finally:
+                self._stream = None
+        finally:
+            await channel.close()
+
+    async def _dial(self, channel: grpc.aio.Channel, route: Route) -> None:
+        try:
+            async with asyncio.timeout(self._settings.dial_timeout_seconds):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise DialError(
+                f"{route.address}: no TLS connection within {self._settings.dial_timeout_seconds:g}"
+                f" s (nobody listens, or the certificate is not one of server.caFile for "
+                f"{self._settings.server_name})"
+            ) from None
+
+    def _welcome(self, route: Route, welcomed: Welcomed) -> None:
+        self._welcomed_at = time.monotonic()
+        self._problem = ""
+        self.net_mode = route.mode.value
+        self._metrics.connects.labels(route.mode.value, "ok").inc()
+        self._metrics.connected.set(1)
+        self._set_connected(True, "")
+        log.info(
+            "connected",
+            server=welcomed.server,
+            server_version=welcomed.version,
+            address=route.address,
+            net_mode=route.mode.value,
+            agent_id=welcomed.agent_id,
+        )
+
+    def _leave(self, reason: str, *, planned: bool) -> None:
+        if planned:
+            # Back in a moment: not worth a failed probe, only a line.
+            log.info("leaving the server", reason=reason)
+            self._metrics.connected.set(0)
+        else:
+            self._tell(reason)
+
+    def _tell(self, problem: str) -> None:
+        """Not connected, and why: logged when it is news."""
+        self._metrics.connected.set(0)
+        self._set_connected(False, problem)
+        if problem != self._problem:
+            log.warning("not connected", reason=problem, failures=self._backoff.failures)
+        else:
+            log.debug("still not connected", reason=problem, failures=self._backoff.failures)
+        self._problem = problem
+
+
+def _explain(route: Route, error: grpc.aio.AioRpcError) -> str:
+    code = error.code()
+    lead = _REFUSALS.get(code, "the stream ended")
+    return f"{route.address}: {lead}: {code.name}: {error.details() or 'no details'}"
