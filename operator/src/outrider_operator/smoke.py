@@ -1,13 +1,14 @@
 """Runs a Ping on all nodes through the whole path and tells the result: what `helm test` calls.
 
-    python -m outrider_operator.smoke --namespace NAMESPACE [--timeout SECONDS]
+    python -m outrider_operator.smoke [--namespace NAMESPACE] [--timeout SECONDS]
 
-Speaks to the API server only, as a user would; takes away the task it makes.
+Without flags the namespace is $POD_NAMESPACE and the time $OUTRIDER_SMOKE_TIMEOUT_SECONDS. Speaks to the API server only, as a user would; takes away the task it makes.
 """
 
 import argparse
 import asyncio
 import contextlib
+import os
 import secrets
 import sys
 import time
@@ -22,13 +23,25 @@ from outrider_operator.core.slices import API_VERSION, TASK_LABEL
 from outrider_operator.kube.client import KubeClient, configuration, path
 
 POLL_SECONDS = 0.5
+#: What the server needs to end a task whose time is over, seconds.
+END_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when the Ping succeeded on every node, 1 when not, 2 for wrong settings."""
     parser = argparse.ArgumentParser(prog="python -m outrider_operator.smoke", description=__doc__)
-    parser.add_argument("--namespace", required=True, help="where the AgentTask is made")
-    parser.add_argument("--timeout", type=float, default=60.0, help="how long it may take, seconds")
+    parser.add_argument(
+        "--namespace",
+        default=os.environ.get("POD_NAMESPACE", "default"),
+        help="where the AgentTask is made; $POD_NAMESPACE",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        # argparse reads a default that is a text as it reads the flag.
+        default=os.environ.get("OUTRIDER_SMOKE_TIMEOUT_SECONDS", "60"),
+        help="how long it may take, seconds; $OUTRIDER_SMOKE_TIMEOUT_SECONDS, else 60",
+    )
     parser.add_argument("--kubeconfig", default="", help="empty: the Pod's ServiceAccount")
     arguments = parser.parse_args(argv)
     try:
@@ -78,7 +91,7 @@ async def _ping(kube: KubeClient, namespace: str, timeout: float) -> int:
 
 async def _wait(kube: KubeClient, target: str, timeout: float) -> Object:
     """The status of the task once it has ended, or when the time is over."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout + END_SECONDS
     status: Object = {}
     while time.monotonic() < deadline:
         try:
