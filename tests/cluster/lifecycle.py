@@ -56,6 +56,17 @@ _LOCK = paths.cache() / f"cluster-{NAME}.lock"
 
 
 # ------------------------------------------------------------------ up
+def require() -> None:
+    """See that this machine can have such a cluster at all.
+
+    Raises:
+        MissingError: it cannot; the text says what it lacks.
+    """
+    if os.geteuid() != 0:
+        raise MissingError("the three-node cluster needs root (namespaces, mounts): run as root")
+    cgroups.require()
+
+
 def up(node_count: int) -> None:
     """Start a control plane and worker nodes; whatever ran under this name before is ended.
 
@@ -65,9 +76,7 @@ def up(node_count: int) -> None:
     """
     if not 1 <= node_count <= MAX_NODES:
         raise ClusterError(f"cannot make {node_count} nodes: expected 1 to {MAX_NODES}")
-    if os.geteuid() != 0:
-        raise MissingError("the three-node cluster needs root (namespaces, mounts): run as root")
-    cgroups.require()
+    require()
     packages.ensure(DEBIAN_PACKAGES)
     programs = toolchain.ensure([*KUBERNETES_PROGRAMS])
     kill_processes()  # a running `up` of the same name holds the lock

@@ -1,0 +1,95 @@
+"""The cluster that the end-to-end tests share: three nodes, Kafka, Prometheus, and the chart.
+
+Made once a session and taken away at its end, unless OUTRIDER_E2E_KEEP is set: then it stays, and
+the next session upgrades the release in it, which makes trying a change a matter of seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+from cluster import fetch, images, lifecycle, paths, release, tasks
+from cluster.errors import ClusterError
+from cluster.layout import KUBECONFIG
+from cluster.progress import Steps
+
+NODES = ("node1", "node2", "node3")
+TEST_SECONDS = 420
+KEEP = bool(os.environ.get("OUTRIDER_E2E_KEEP"))
+_built: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests here more time than others: nodes are lost and come back."""
+    here = str(paths.ROOT / "tests" / "e2e")
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch and build first: not in a fixture, where nobody sees it and the time limit ends it."""
+    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not {"cluster", "parts"} & used:
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        try:
+            lifecycle.require()
+            steps = Steps()
+            fetch.fetch_all(steps)
+            if "release" in used:
+                _built.update(images.build(steps))
+        except ClusterError as error:
+            pytest.exit(f"error: {error}", returncode=error.exit_code)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the cluster in a process of its own, as people do."""
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", *arguments],
+        env={**os.environ, "PYTHONPATH": str(paths.ROOT / "tests"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def parts() -> None:
+    """For tests that make clusters of their own: all parts are there."""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Three nodes with Kafka and Prometheus, without Outrider."""
+    if not (KEEP and KUBECONFIG.exists()):
+        done = command("up", "--nodes", str(len(NODES)), "--kafka", "--prometheus")
+        assert done.returncode == 0, done.stderr
+    yield
+    if not KEEP:
+        done = command("down")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def chart_values(cluster: None) -> dict[str, object]:
+    """The chart's values: the images of this source tree, records into Kafka."""
+    return release.values(_built, kafka=True)
+
+
+@pytest.fixture(scope="session")
+def _installed(chart_values: dict[str, object]) -> None:
+    release.install(chart_values)
+
+
+@pytest.fixture(name="release")
+def ready_release(_installed: None) -> None:
+    """The release with all its Pods and all three agents ready, whatever the test before did."""
+    release.await_rollout()
+    tasks.eventually("three agents Ready", lambda: tasks.ready_agents() == [*NODES], 120)
