@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from cluster import controlplane, kafka_jars, paths
+from cluster import controlplane, kafka_jars, paths, toolchain
 from cluster.controlplane import ControlPlane
 from cluster.errors import ClusterError
 from cluster.kafka import KafkaBroker
@@ -31,6 +31,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     steps = Steps()
     if {"control_plane", "control_plane_programs"} & used:
         jobs.append(lambda: controlplane.require(steps))
+    if "helm" in used:
+        jobs.append(lambda: toolchain.ensure(["helm"], steps))
     if {"kafka", "kafka_jars_folder"} & used:
         jobs.append(lambda: kafka_jars.ensure(steps))
     capture = session.config.pluginmanager.getplugin("capturemanager")
