@@ -2,7 +2,8 @@
 
     python -m outrider_operator.smoke [--namespace NAMESPACE] [--timeout SECONDS]
 
-Without flags the namespace is $POD_NAMESPACE and the time $OUTRIDER_SMOKE_TIMEOUT_SECONDS. Speaks to the API server only, as a user would; takes away the task it makes.
+Without flags the namespace is $POD_NAMESPACE and the time $OUTRIDER_SMOKE_TIMEOUT_SECONDS. Speaks
+to the API server only, as a user would; takes away the task it makes.
 """
 
 import argparse
