@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 from cluster import addons, cgroups, faults, imagestore, lifecycle, machines, network, status
@@ -53,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("port", type=int)
     sub.add_argument("machine", type=machine_name)
     sub.add_argument("target", help="ADDRESS:PORT")
-    sub = command("kubectl", "kubectl as administrator")
-    sub.add_argument("argv", nargs=argparse.REMAINDER)
+    command("kubectl", "kubectl as administrator, with all that follows")
     return parser
 
 
@@ -128,11 +128,11 @@ def _sh(arguments: argparse.Namespace) -> None:
     os.execvp(prefix[0], [*prefix, *(_words(arguments) or ["/bin/bash"])])
 
 
-def _kubectl(arguments: argparse.Namespace) -> None:
+def _kubectl(words: list[str]) -> None:
     program = STATE / "bin" / "kubectl"
     if not program.exists():
         raise ClusterError("there is no cluster; `python -m cluster up` starts one")
-    os.execv(program, ["kubectl", "--kubeconfig", str(KUBECONFIG), *arguments.argv])
+    os.execv(program, ["kubectl", "--kubeconfig", str(KUBECONFIG), *words])
 
 
 def main() -> int:
@@ -141,6 +141,8 @@ def main() -> int:
     Raises:
         ClusterError: what was asked for did not work.
     """
+    if sys.argv[1:2] == ["kubectl"]:  # its options are not ours to read
+        _kubectl(sys.argv[2:])
     arguments = _parser().parse_args()
     match arguments.command:
         case "up":
@@ -163,8 +165,6 @@ def main() -> int:
             machines.spawn(arguments.machine, arguments.name, _words(arguments))
         case "forward":
             network.forward(arguments.port, arguments.machine, arguments.target)
-        case "kubectl":
-            _kubectl(arguments)
     return 0
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 
 EXAMPLE = "examples/kernel-version.yaml"
 NODES = 3
+SERVERS = 2
 TASK_SECONDS = 120.0
 
 
@@ -116,7 +117,7 @@ def _show_targets() -> None:
 
     def scraped() -> bool:
         found = addons.targets()
-        return len(found) >= NODES and all(target["health"] != "unknown" for target in found)
+        return len(found) >= NODES + SERVERS and all(target["health"] != "unknown" for target in found)
 
     wait_for("first scrape of every target", scraped, 60, 0.5)
     rows = [

@@ -8,9 +8,10 @@ Reads the topic from its beginning to where it ended at the start; commits nothi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from cluster import addons
 from outrider_proto.records import Decoded, as_json, decode_message
 
@@ -54,9 +55,10 @@ async def read_topic(bootstrap: str, topic: str = TOPIC) -> list[Message]:
 async def _read(consumer: AIOKafkaConsumer, topic: str) -> list[Message]:
     if topic not in await consumer.topics():
         return []
-    numbers = consumer.partitions_for_topic(topic) or set()
-    partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
-    consumer.assign(partitions)
+    # Named only now: a consumer of a topic that is not there would make it.
+    consumer.subscribe([topic])
+    while not (partitions := sorted(consumer.assignment())):
+        await asyncio.sleep(0.05)  # the caller's time limit ends it
     ends = await consumer.end_offsets(partitions)
     await consumer.seek_to_beginning(*partitions)
     found: list[Message] = []
@@ -72,9 +74,11 @@ async def _read(consumer: AIOKafkaConsumer, topic: str) -> list[Message]:
 
 def main() -> None:
     """Print every record in the cluster's Kafka as a line of JSON."""
-    for message in asyncio.run(read_topic(addons.KAFKA_HERE)):
-        for line in as_json(message.decoded):
-            print(line)
+    messages = asyncio.run(read_topic(addons.KAFKA_HERE))
+    with contextlib.suppress(BrokenPipeError):  # the reader, say `head`, has seen enough
+        for message in messages:
+            for line in as_json(message.decoded):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
