@@ -88,9 +88,13 @@ class Intake:
         sink: where they are stored.
         limit: most bytes of batches held at once.
         metrics: where they are counted.
+
+    Attributes:
+        patience: how long a batch waits for room before it is let go, seconds.
     """
 
     def __init__(self, sink: Sink, limit: int, metrics: ServerMetrics) -> None:
+        self.patience = PATIENCE_SECONDS
         self._sink = sink
         self._metrics = metrics
         self._budget = ByteBudget(limit, metrics.inflight_bytes.set)
@@ -98,13 +102,13 @@ class Intake:
         self._let_go: set[Callable[[], None]] = set()
         metrics.inflight_limit.set(limit)
 
-    async def admit(self, batch: RecordBatch, patience: float = PATIENCE_SECONDS) -> bool:
-        """Make room for a batch, within `patience` seconds; False: there is none.
+    async def admit(self, batch: RecordBatch, *, at_once: bool = False) -> bool:
+        """Make room for a batch, with patience or at once; False: there is none.
 
         After True, `store` or `release` must follow.
         """
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(0 if at_once else self.patience):
                 await self._budget.take(len(batch.records))
         except TimeoutError:
             self._metrics.batches.labels("let_go").inc()

@@ -265,7 +265,7 @@ class AgentStream:
 
     async def _admit(self, batch: RecordBatch) -> bool:
         if self._letting_go:
-            return await self._shared.intake.admit(batch, patience=0)
+            return await self._shared.intake.admit(batch, at_once=True)
         if await self._shared.intake.admit(batch):
             return True
         # The agent sends it again on its next stream; tell it when that is of use.
