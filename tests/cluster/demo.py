@@ -1,7 +1,8 @@
 """The quick look: a real API server, Outrider's server and three agents, and a task that runs.
 
 Why it exists: who hears of Outrider sees it do its job with one command, without a cluster
-or an image. Everything is a plain process on loopback and stays there until `down`. It must show nothing that the real thing would not.
+or an image. Everything is a plain process on loopback and stays there until `down`. It must show
+nothing that the real thing would not.
 
     python -m cluster.demo up|down
 """

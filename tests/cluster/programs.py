@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster.controlplane import AgentPod, ControlPlane
+from cluster.administrator import AgentPod
+from cluster.controlplane import ControlPlane
 from cluster.paths import ROOT
 from cluster.supervised import free_port, wait_for
 
