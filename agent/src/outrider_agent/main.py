@@ -229,9 +229,12 @@ class _Agent:
         return found
 
     def _status(self) -> AgentStatus:
-        problems = [c.reason for c in self.health.readiness() if not c.ok]
+        well = all(condition.ok for condition in self.health.liveness())
+        conditions = [*self.health.liveness(), *self.health.readiness()]
+        problems = [condition.reason for condition in conditions if not condition.ok]
+        # Without a server the agent itself is well: the detail tells of it.
         return AgentStatus(
-            "abnormal" if problems else "running", "; ".join(problems), self.uplink.net_mode
+            "running" if well else "abnormal", "; ".join(problems), self.uplink.net_mode
         )
 
 

@@ -69,7 +69,7 @@ class AgentMetrics:
         )
         self.sent_messages = Counter(
             "outrider_agent_sent_messages_total",
-            "Messages sent, by kind (hello, report, changes, heartbeat, batch).",
+            "Messages sent, by kind (hello, report, changes, heartbeat, batches).",
             ["kind"],
             registry=registry,
         )

@@ -24,7 +24,7 @@ class AgentStatus:
 
     Attributes:
         state: "running" or "abnormal".
-        detail: Why it is abnormal, else empty.
+        detail: What is not well with it or with its connection, else empty.
         net_mode: How its server was found.
     """
 

@@ -44,7 +44,7 @@ async def collect_forever(
     failing = False
     try:
         while True:
-            began = loop.time()
+            began = time.monotonic()
             work = loop.run_in_executor(threads, collect)
             try:
                 done, _ = await asyncio.wait({work}, timeout=SLOW_SECONDS)
@@ -58,9 +58,9 @@ async def collect_forever(
                 failing = True
             else:
                 failing = False
-                metrics.collections.labels(name).observe(loop.time() - began)
+                metrics.collections.labels(name).observe(time.monotonic() - began)
                 record = records.payload(data_type, int(time.time()), fields)
                 sink.submit(record, RecordClass.TELEMETRY)
-            await asyncio.sleep(max(0.0, began + interval - loop.time()))
+            await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
     finally:
         threads.shutdown(wait=False, cancel_futures=True)

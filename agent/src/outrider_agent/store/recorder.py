@@ -94,6 +94,9 @@ class Recorder:
         if batcher.due() != was_due:  # the first record, or the one that fills the batch
             self._wake.set()
         self._metrics.records.labels(record_class.name.lower()).inc()
+        self._observe()
+
+    def _observe(self) -> None:
         self._metrics.queue_bytes.set(sum(b.bytes for b in self._batchers.values()))
 
     def _drop(self, record_class: RecordClass, reason: str, count: int) -> None:
@@ -139,6 +142,7 @@ class Recorder:
         At the end there is one try: what cannot be stored then is lost, counted and logged.
         """
         taken = self._batchers[record_class].take(time.monotonic())
+        self._observe()
         while True:
             try:
                 await self._append(record_class, taken)

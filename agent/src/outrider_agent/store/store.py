@@ -87,6 +87,7 @@ class Store:
         self._thread.start()
         #: Called on the loop after batches were added to the outbox.
         self.on_append: Callable[[], None] = lambda: None
+        metrics.store_queue.set_function(self._queue.qsize)
         metrics.outbox_limit_bytes.set(limits.max_outbox_bytes)
 
     # Runs.
@@ -226,7 +227,6 @@ class Store:
                 raise StorageError("the store is closed")
             future: asyncio.Future[T] = self._loop.create_future()
             self._queue.put(_Operation(work, future))
-            self._metrics.store_queue.set(self._queue.qsize())
             # A caller that is cancelled must not take the work with it: it may be half done.
             return await asyncio.shield(future)
 
