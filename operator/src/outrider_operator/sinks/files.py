@@ -39,7 +39,10 @@ SLOW_SECONDS: Final = 10.0
 PROBE_SECONDS: Final = 2.0
 PROBE_BYTES: Final = 64 * limits.KIB
 #: Errors that no waiting mends: the setting is wrong.
-WRONG_DIRECTORY: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+WRONG_DIRECTORY: Final = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EEXIST),
+)
 
 log = get_logger(__name__)
 
