@@ -523,6 +523,8 @@ RIGHTS = [
     ("update", "leases.coordination.k8s.io/outrider-leader", NAMESPACE, True),
     ("update", "leases.coordination.k8s.io/another", NAMESPACE, False),
     ("update", "leases.coordination.k8s.io/outrider-leader", "other", False),
+    ("delete", "agenttaskreports.outrider.dev", "other", False),
+    ("list", "namespaces", "", False),
     ("get", "secrets", NAMESPACE, False),
     ("list", "pods", NAMESPACE, False),
     ("create", "pods", NAMESPACE, False),
