@@ -116,8 +116,8 @@ def _show_targets() -> None:
     """What Prometheus scrapes, once each target was scraped."""
 
     def scraped() -> bool:
-        found = addons.targets()
-        return len(found) >= NODES + SERVERS and all(target["health"] != "unknown" for target in found)
+        seen = [target for target in addons.targets() if target["health"] != "unknown"]
+        return len(seen) >= NODES + SERVERS
 
     wait_for("first scrape of every target", scraped, 60, 0.5)
     rows = [
