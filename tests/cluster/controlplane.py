@@ -12,6 +12,7 @@ import json
 import subprocess
 import tempfile
 from dataclasses import asdict
+from http import HTTPStatus
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +31,7 @@ from cluster.controlplane_parts import (
 )
 from cluster.errors import ClusterError
 from cluster.progress import Steps
-from cluster.supervised import Supervised, free_port
+from cluster.supervised import Supervised, free_port, wait_for
 
 __all__ = [
     "API_SERVER",
@@ -44,7 +45,7 @@ __all__ = [
 
 READY_SECONDS = 60.0
 PACKAGES = ("etcd-server", "openssl")
-PORTS_FILE = "ports.json"
+STATE_FILE = "state.json"
 
 
 def require(steps: Steps | None = None) -> dict[str, Path]:
@@ -83,6 +84,8 @@ class ControlPlane(Administrator):
         self._processes: Supervised | None = None
         self._programs: dict[str, Path] = {}
         self._ports = Ports(0, 0, 0)
+        self._credentials: dict[str, str] = {}
+        self._wanted: set[str] = set()
         super().__init__("", "", self._folder / "ca.crt")
 
     # ---------------------------------------------------------------- life
@@ -114,9 +117,9 @@ class ControlPlane(Administrator):
         plane = cls(folder, detached=True)
         plane._processes = processes
         plane._programs = toolchain.ensure(toolchain.DEMO_TOOLS)
-        saved = json.loads((folder / PORTS_FILE).read_text())
-        plane._ports = Ports(**saved["ports"])
-        plane._set_access(saved["credential"])
+        saved = json.loads((folder / STATE_FILE).read_text())
+        plane._wanted = {ETCD, API_SERVER, CONTROLLERS}
+        plane._set_access(Ports(**saved["ports"]), saved["credentials"])
         return plane
 
     def stop(self) -> None:
@@ -199,29 +202,57 @@ class ControlPlane(Administrator):
     def start_part(self, part: str) -> None:
         """Start one of the three on its old port and data, and wait until it is of use.
 
+        With the API server the controllers are started anew, unless they were stopped on purpose:
+        they may have given up, and would else notice changes up to a minute late.
+
         Raises:
             ClusterError: it runs already, or did not start.
         """
+        if part == CONTROLLERS:
+            wait_for("the controllers' role is in force", self._controllers_allowed, READY_SECONDS)
         command = commands(self._folder, self._ports, self._programs)[part]
         self.processes.run(part, command)
+        self._wanted.add(part)
         if part == ETCD:
             self.processes.wait_listening(part, self._ports.etcd, READY_SECONDS)
         if part == API_SERVER:
             self.processes.wait_listening(part, self._ports.api, READY_SECONDS)
             self.wait_ready()
+            if CONTROLLERS in self._wanted:
+                if self.processes.running(CONTROLLERS):
+                    self.processes.kill(CONTROLLERS)
+                self.start_part(CONTROLLERS)
+
+    def _controllers_allowed(self) -> bool:
+        # The API server is ready a moment before it knows all roles. The controllers take a
+        # refusal at their start for final, and end.
+        try:
+            self.request(
+                "GET",
+                "/api/v1/namespaces/kube-system/serviceaccounts/none",
+                token=self._credentials[CONTROLLERS_USER],
+                absent_ok=True,
+            )
+        except RequestError as error:
+            if error.code == HTTPStatus.FORBIDDEN:
+                return False
+            raise
+        return True
 
     def stop_part(self, part: str) -> None:
         """End one of the three with SIGTERM, with SIGKILL after 10 s."""
+        self._wanted.discard(part)
         self.processes.stop(part)
 
     def kill_part(self, part: str) -> None:
         """End one of the three with SIGKILL."""
+        self._wanted.discard(part)
         self.processes.kill(part)
 
     def restart_part(self, part: str) -> None:
         """Kill one of the three and start it again.
 
-        What watches the API server (the controllers, too) may take up to a minute to notice.
+        What watches the API server may take up to a minute to notice what it missed.
         """
         self.kill_part(part)
         self.start_part(part)
@@ -244,12 +275,12 @@ class ControlPlane(Administrator):
 
     def _write_state(self) -> None:
         make_keys(self._folder)
-        credentials = make_credentials(self._folder)
-        self._set_access(credentials["admin"])
-        self.kubeconfig_for("admin", credentials["admin"])
-        self.kubeconfig_for("controllers", credentials[CONTROLLERS_USER])
-        saved = {"ports": asdict(self._ports), "credential": credentials["admin"]}
-        (self._folder / PORTS_FILE).write_text(json.dumps(saved))
+        self._set_access(self._ports, make_credentials(self._folder))
+        self.kubeconfig_for("admin", self._credentials["admin"])
+        self.kubeconfig_for("controllers", self._credentials[CONTROLLERS_USER])
+        saved = {"ports": asdict(self._ports), "credentials": self._credentials}
+        (self._folder / STATE_FILE).write_text(json.dumps(saved))
 
-    def _set_access(self, credential: str) -> None:
-        super().__init__(f"https://{HOST}:{self._ports.api}", credential, self.authority)
+    def _set_access(self, ports: Ports, credentials: dict[str, str]) -> None:
+        self._ports, self._credentials = ports, credentials
+        super().__init__(f"https://{HOST}:{ports.api}", credentials["admin"], self.authority)

@@ -127,6 +127,10 @@ def test_each_part_can_be_killed_and_started_again(
             plane.start_part(part)
         plane.wait_ready()
         assert plane.request("GET", "/api/v1/nodes/kept")["metadata"]["uid"] == uid
+        plane.kill_part(CONTROLLERS)
+        plane.restart_part(API_SERVER)
+        assert not plane.processes.running(CONTROLLERS), "who stopped it may want that"
+        plane.start_part(CONTROLLERS)
 
         plane.processes.freeze(API_SERVER)
         with pytest.raises(subprocess.TimeoutExpired):
