@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
 from cluster.controlplane import ControlPlane
 from cluster.kafka import KafkaBroker
 from cluster.programs import Programs, http
+from cluster.records import read_topic
 from cluster.supervised import wait_for
 from outrider_proto import records
 
 NODES = ("alpha", "beta", "gamma")
 WAIT = 90.0
-TOPIC = "outrider.records"
 #: Many small batches rather than few large ones: more to lose.
 LOAD = {
-    "collectors": {"host": {"intervalSeconds": 0.05}},
-    "heartbeat": {"intervalSeconds": 0.2},
+    "collectors": {"host": {"intervalSeconds": 1}},
+    "heartbeat": {"intervalSeconds": 1},
     "batch": {"maxDelayMillis": 20},
+}
+LINES = 1500
+TASK = {
+    "apiVersion": "outrider.dev/v1alpha1",
+    "kind": "AgentTask",
+    "metadata": {"name": "load"},
+    "spec": {
+        "run": {
+            "script": {
+                "source": f"""
+            i=0
+            while [ $i -lt {LINES} ]; do
+                i=$((i + 1)); echo "$OUTRIDER_NODE line $i"; sleep 0.01
+            done"""
+            }
+        },
+        "timeoutSeconds": 300,
+        "rollout": {"maxConcurrent": "100%", "maxFailures": 0, "waves": ["100%"]},
+    },
 }
 
 
@@ -51,33 +70,39 @@ def start_agents(fleet: Programs) -> None:
         fleet.wait_ready(agent, WAIT)
 
 
-async def _read_all(bootstrap: str) -> list[records.Decoded]:
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False
-    )
-    await consumer.start()
-    try:
-        partitions = [
-            TopicPartition(TOPIC, p) for p in consumer.partitions_for_topic(TOPIC) or set()
-        ]
-        consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
-        found: list[records.Decoded] = []
-        for partition in partitions:
-            while await consumer.position(partition) < ends[partition]:
-                got = await consumer.getmany(partition, timeout_ms=5000)
-                for messages in got.values():
-                    for message in messages:
-                        decoded = records.decode_message(message.headers, message.value)
-                        assert message.key.decode() == decoded.agent_id
-                        found.append(decoded)
-        return found
-    finally:
-        await consumer.stop()
+def start_load(fleet: Programs) -> None:
+    """A task that prints lines on all nodes, each of them once."""
+    fleet.plane.kubectl("apply", "-f", "-", stdin=json.dumps(TASK))
+
+
+def wait_load(fleet: Programs) -> None:
+    def ended() -> bool:
+        task = json.loads(fleet.plane.kubectl("get", "agenttask", "load", "-o", "json"))
+        return bool(task.get("status", {}).get("phase") == "Succeeded")
+
+    wait_for("the load has ended", ended, WAIT, 0.5)
+
+
+def printed(found: list[records.Decoded]) -> list[str]:
+    """The lines of all nodes' output, of each batch once."""
+    output: dict[str, dict[int, str]] = defaultdict(dict)
+    for batch in found:
+        for record in batch.records:
+            if record.data_type == records.TASK_OUTPUT:
+                fields = records.fields_of(record)
+                output[batch.node][int(fields["offset"])] = fields["output"]
+    return [
+        line
+        for chunks in output.values()
+        for line in "".join(text for _, text in sorted(chunks.items())).splitlines()
+    ]
 
 
 def in_kafka(bootstrap: str) -> list[records.Decoded]:
-    return asyncio.run(_read_all(bootstrap))
+    messages = asyncio.run(read_topic(bootstrap))
+    for message in messages:
+        assert message.key.decode() == message.decoded.agent_id
+    return [message.decoded for message in messages]
 
 
 def ask(fleet: Programs, node: str, question: str) -> int:
@@ -96,19 +121,21 @@ def test_broker_killed_under_load_and_back(fleet, broker) -> None:
     fleet.start(fleet.servers["server-0"])
     start_agents(fleet)
     server = fleet.servers["server-0"]
-    wait_for("records are stored", lambda: len(in_kafka(broker.bootstrap)) > 50, WAIT, 1)
+    start_load(fleet)
+    wait_for("output is stored", lambda: len(printed(in_kafka(broker.bootstrap))) > 100, WAIT, 0.2)
     broker.kill()
     wait_for("the server says so", lambda: http(server, "/readyz")[0] == 503, WAIT, 0.2)
     assert "sink" in http(server, "/readyz")[1]
     wait_for(
         "agents keep their records",
-        lambda: all(outbox(fleet, node) > 20 for node in NODES),
+        lambda: all(outbox(fleet, node) > 5 for node in NODES),
         WAIT,
         0.2,
     )
     assert fleet.plane.processes.running(server.name)
     broker.resume()
     wait_for("the server is ready again", lambda: http(server, "/readyz")[0] == 200, WAIT, 0.2)
+    wait_load(fleet)
     check_nothing_is_lost(fleet, broker)
 
 
@@ -124,16 +151,21 @@ def check_nothing_is_lost(fleet: Programs, broker: KafkaBroker) -> None:
         "the outboxes are empty", lambda: all(outbox(fleet, node) == 0 for node in NODES), WAIT, 0.5
     )
     seqs: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for batch in in_kafka(broker.bootstrap):
+    found = in_kafka(broker.bootstrap)
+    lines = printed(found)
+    assert sorted(lines) == sorted(
+        f"{node} line {i}" for node in NODES for i in range(1, LINES + 1)
+    )
+    for batch in found:
         seqs[batch.node, batch.epoch].append(batch.seq)
     assert {node for node, _ in seqs} == set(NODES)
-    for (node, epoch), found in seqs.items():
+    for (node, epoch), stored in seqs.items():
         assert epoch == ask(fleet, node, "SELECT value FROM meta WHERE name = 'epoch'") % 2**64
         last = ask(fleet, node, "SELECT value FROM meta WHERE name = 'next_seq'") - 1
-        lost = set(range(1, last + 1)) - set(found)
+        lost = set(range(1, last + 1)) - set(stored)
         assert not lost, (node, sorted(lost))
     total = sum(map(len, seqs.values()))
-    unique = sum(len(set(found)) for found in seqs.values())
+    unique = sum(len(set(stored)) for stored in seqs.values())
     print(f"batches accepted {unique}, lost 0, stored more than once {total - unique}")
 
 
@@ -142,15 +174,17 @@ def test_broker_away_when_everything_starts(fleet, broker) -> None:
     server = fleet.servers["server-0"]
     fleet.start(server, ready=False)
     start_agents(fleet)
+    start_load(fleet)
     code, text = http(server, "/readyz")
     assert code == 503
     assert "[-]sink" in text
     wait_for(
         "agents keep their records",
-        lambda: all(outbox(fleet, node) > 10 for node in NODES),
+        lambda: all(outbox(fleet, node) > 5 for node in NODES),
         WAIT,
         0.2,
     )
     broker.resume()
     wait_for("the server is ready", lambda: http(server, "/readyz")[0] == 200, WAIT, 0.2)
+    wait_load(fleet)
     check_nothing_is_lost(fleet, broker)
