@@ -4,71 +4,29 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import OutOfOrderSequenceNumber
 from cluster.kafka import KafkaBroker
 from cluster.supervised import free_port
 from fakes.gateway import eventually
+from fakes.kafka_sink import running_sink
 from fakes.sink_suite import SinkCase, SinkSuite, batch, names, origin
 from outrider_operator.core.sink import SinkRejectedError, SinkUnavailableError
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import KafkaSinkSettings
 from outrider_operator.sinks.kafka import KafkaSink
-from outrider_proto.records import Decoded, decode_message
 from outrider_runtime.health import Health
 from outrider_runtime.settings import SettingsError
 from prometheus_client import CollectorRegistry
 
 
-async def read_topic(bootstrap: str, topic: str) -> list[Decoded]:
-    """All messages of a topic, as they are now."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest")
-    await consumer.start()
-    try:
-        consumer.subscribe([topic])
-        await eventually(lambda: bool(consumer.assignment()))
-        ends = await consumer.end_offsets(list(consumer.assignment()))
-        found: list[Decoded] = []
-        for partition, end in ends.items():
-            while await consumer.position(partition) < end:
-                message = await consumer.getone(partition)
-                assert message.key == dict(message.headers)["outrider-agent"]
-                found.append(decode_message(message.headers, message.value or b""))
-        return found
-    finally:
-        await consumer.stop()
-
-
-@asynccontextmanager
-async def running(bootstrap: str, topic: str, **settings: Any) -> AsyncIterator[SinkCase]:
-    health, stop = Health(), asyncio.Event()
-    fields: dict[str, Any] = {"request_timeout_seconds": 5.0, "partitions": 3} | settings
-    sink = KafkaSink(
-        KafkaSinkSettings(bootstrap_servers=[bootstrap], topic=topic, **fields),
-        ServerMetrics(CollectorRegistry()),
-        health,
-    )
-
-    async def read() -> list[Decoded]:
-        return await read_topic(bootstrap, topic)
-
-    task = asyncio.create_task(sink.run(stop))
-    try:
-        yield SinkCase(sink, health, read, stop, task)
-    finally:
-        stop.set()
-        async with asyncio.timeout(60):
-            await task
-
-
 @pytest.fixture
 async def sink_case(kafka: KafkaBroker, kafka_topic: str) -> AsyncIterator[SinkCase]:
-    async with running(kafka.bootstrap, kafka_topic) as case:
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
         await eventually(lambda: case.health.ready)
         yield case
 
@@ -106,7 +64,7 @@ async def test_killed_under_load_loses_nothing_that_was_acknowledged(
                     await asyncio.sleep(0.05)
             acknowledged.add((name, 3, seq))
 
-    async with running(kafka.bootstrap, kafka_topic) as case:
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
         await eventually(lambda: case.health.ready)
         done = asyncio.Event()
         async with asyncio.TaskGroup() as group:
@@ -133,7 +91,7 @@ async def test_frozen_broker_acknowledges_nothing_and_holds_a_bound(
     kafka: KafkaBroker, kafka_topic: str
 ) -> None:
     limit = 4 * 1024 * 1024
-    async with running(kafka.bootstrap, kafka_topic, max_inflight_bytes=limit) as case:
+    async with running_sink(kafka.bootstrap, kafka_topic, max_inflight_bytes=limit) as case:
         await eventually(lambda: case.health.ready)
         kafka.freeze()
         try:
@@ -161,7 +119,7 @@ def _fat(seq: int) -> Any:
 async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> None:
     await asyncio.to_thread(kafka.kill)
     try:
-        async with running(kafka.bootstrap, kafka_topic, retry_cap_seconds=0.5) as case:
+        async with running_sink(kafka.bootstrap, kafka_topic, retry_cap_seconds=0.5) as case:
             await eventually(lambda: "no Kafka broker answers" in reason(case))
             storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
             await asyncio.sleep(0)
@@ -176,7 +134,7 @@ async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> Non
 
 
 async def test_stops_in_time_while_the_broker_is_away(kafka_topic: str) -> None:
-    async with running(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
+    async with running_sink(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
         await eventually(lambda: "no Kafka broker answers" in reason(case))
         storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
         await asyncio.sleep(0)
@@ -208,7 +166,7 @@ async def test_stuck_producer_is_made_anew(
 
 
 async def test_topic_that_must_not_be_made(kafka: KafkaBroker, kafka_topic: str) -> None:
-    async with running(kafka.bootstrap, kafka_topic, create_topic=False) as case:
+    async with running_sink(kafka.bootstrap, kafka_topic, create_topic=False) as case:
         await eventually(lambda: "createTopic" in reason(case))
 
 
@@ -219,7 +177,7 @@ async def test_batch_larger_than_the_topic_takes(kafka: KafkaBroker, kafka_topic
         [NewTopic(kafka_topic, 1, 1, topic_configs={"max.message.bytes": "10000"})]
     )
     await admin.close()
-    async with running(kafka.bootstrap, kafka_topic) as case:
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
         await eventually(lambda: case.health.ready)
         with pytest.raises(SinkRejectedError, match="max.message.bytes"):
             await case.sink.store(origin(), _fat(1))

@@ -42,11 +42,11 @@ class LinkOutgoing:
         self._left.pop(session.node, None)
 
     def left(self, left: AgentLeft) -> None:
-        """A stream ended. An end is sent even where its beginning was not: it is harmless."""
+        """A stream ended."""
         waiting = self._joined.get(left.node)
         if waiting is not None and waiting.session > left.session:
             return
-        self._joined.pop(left.node, None)
+        # Its beginning goes out even so: it tells the leader that an older stream is gone as well.
         self._left[left.node] = left
 
     def reported(self, report: NodeRunReport) -> None:
@@ -56,16 +56,19 @@ class LinkOutgoing:
         self.report_bytes += size
 
     def take(self) -> LinkResponse | None:
-        """The next message, roster changes before reports; None when nothing waits."""
+        """The next message: beginnings before ends, and both before reports; None: nothing waits.
+
+        Beginnings have messages of their own, so that nobody can read an end before them.
+        """
         if not self:
             return None
         message = LinkResponse()
-        for node in list(self._joined)[:MESSAGE_CHANGES]:
-            message.joined.append(self._joined.pop(node))
+        if self._joined:
+            for node in list(self._joined)[:MESSAGE_CHANGES]:
+                message.joined.append(self._joined.pop(node))
+            return message
         for node in list(self._left)[:MESSAGE_CHANGES]:
             message.left.append(self._left.pop(node))
-        if self._joined or self._left:
-            return message
         taken = 0
         while self._reports and (not taken or taken + self._reports[0][1] <= MESSAGE_BYTES):
             report, size = self._reports.popleft()
