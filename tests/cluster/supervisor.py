@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ LOG_BYTES = 64 * 1024 * 1024
 LOG_CHECK_SECONDS = 30.0
 KILL_SECONDS = 20.0
 REQUEST_BYTES = 4 * 1024 * 1024
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Supervisor:
@@ -59,8 +62,8 @@ class Supervisor:
             if operation == "close":
                 self.closing.set()
                 return {}
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            return {"error": f"{operation}: {error!r}"}
+        except (OSError, KeyError, TypeError, ValueError, subprocess.SubprocessError) as error:
+            return {"error": f"{operation}: {type(error).__name__}: {error}"}
         return {"error": f"unknown operation {operation!r}"}
 
     def _start(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -70,14 +73,16 @@ class Supervisor:
             return {"error": f"{name} is running already, as process {old.pid}"}
         with (self._logs / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                # So that the kernel kills it should this supervisor be killed.
-                ["setpriv", "--pdeathsig", "KILL", "--", *request["argv"]],
+                request["argv"],
                 env=request.get("env"),
                 cwd=request.get("cwd"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Set before exec: a program that does it (setpriv) would leave a gap. There is
+                # one thread here, so that running Python between fork and exec is safe.
+                preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509
             )
         return {"pid": self._processes[name].pid}
 
@@ -126,6 +131,22 @@ class Supervisor:
             for log in self._logs.iterdir():
                 if log.stat().st_size > LOG_BYTES:
                     os.truncate(log, 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _LIBC.prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """Return what a child does before exec, so that the kernel kills it if its parent dies."""
+
+    def set_up() -> None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return set_up
 
 
 def _children() -> list[int]:
@@ -182,8 +203,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="do not remove the folder at the end")
     arguments = parser.parse_args()
     # Orphans of our processes become our children instead of init's, so that they can be found.
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     supervisor = Supervisor(arguments.folder)
     try:
         asyncio.run(_serve(supervisor, arguments.descriptor, listening=arguments.listening))

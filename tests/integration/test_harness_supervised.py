@@ -126,6 +126,8 @@ def test_exit_codes_and_signals_are_told(tmp_path: Path) -> None:
         processes.run("three", ["sleep", "600"])
         with pytest.raises(ClusterError, match="running already"):
             processes.run("three", ["true"])
+        with pytest.raises(ClusterError, match="No such file or directory: 'no-such-program'"):
+            processes.run("four", ["no-such-program"])
 
 
 def test_somebody_elses_listener_is_not_taken_for_ours(tmp_path: Path) -> None:
