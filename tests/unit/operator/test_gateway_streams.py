@@ -512,6 +512,15 @@ class TestCertificate:
         )
         await assert_alive(running)
 
+    async def test_an_ended_certificate_makes_the_server_unready(
+        self, running: RunningGateway
+    ) -> None:
+        await eventually(lambda: running.health.ready)
+        write_pair(running.tls_folder, running.authority.issue(days=0))
+        await eventually(lambda: not running.health.ready)
+        (condition,) = running.health.readiness()
+        assert (condition.name, "renew it" in condition.reason) == ("tls", True)
+
     async def test_unusable_files_at_start_name_the_setting(self, tmp_path: Path) -> None:
         async with running_gateway(tmp_path / "good") as running:
             settings = running.gateway._settings

@@ -84,7 +84,8 @@ class Gateway:
         sink: where batches go; its life is its owner's.
         review: asks the API server about a token.
         metrics: of the server.
-        health: readiness of the program; the condition "tls" is set here.
+        health: readiness of the program; the condition "tls" is set here, and grpc's health
+            service follows the whole.
         replica: name of this replica.
         version: of the program.
 
@@ -110,7 +111,7 @@ class Gateway:
         self._replica = replica
         self._version = version
         self._authenticator = Authenticator(auth, review, metrics)
-        self._certificate = Certificate(settings.tls, metrics)
+        self._certificate = Certificate(settings.tls, metrics, health)
         self._draining = False
         self._left = asyncio.Event()
         self._calls = 0
@@ -136,7 +137,6 @@ class Gateway:
         Raises:
             SettingsError: the address cannot be listened on.
         """
-        self._health.set("tls", True)
         status = grpc_health.aio.HealthServicer()
         server = self._server(status)
         self.port = self._listen(server)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from outrider_runtime.health import Health
 from outrider_runtime.logs import get_logger
 from outrider_runtime.settings import SettingsError, readable
 
@@ -82,14 +83,16 @@ class Certificate:
     Args:
         settings: where the files are.
         metrics: where loads and the expiry are counted.
+        health: the condition "tls" is set here: false once the certificate has ended.
 
     Raises:
         SettingsError: the files cannot be used at start.
     """
 
-    def __init__(self, settings: TlsSettings, metrics: ServerMetrics) -> None:
+    def __init__(self, settings: TlsSettings, metrics: ServerMetrics, health: Health) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._health = health
         # Handshakes ask in threads of grpc, `watch` in the loop.
         self._lock = threading.Lock()
         self._stamp = self._look()
@@ -142,6 +145,12 @@ class Certificate:
         while True:
             self.refresh()
             left = (self.expires - datetime.now(UTC)).total_seconds()
+            self._health.set(
+                "tls",
+                left > 0,
+                f"the certificate in {self._settings.cert_file!r} ended "
+                f"{self.expires.isoformat()}: renew it",
+            )
             if left < EXPIRY_WARNING_SECONDS and warned != self.expires:
                 warned = self.expires
                 log.warning("certificate ends soon", expires=self.expires.isoformat())
