@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal
 
 import kopf
+from kopf._core.engines.peering import Identity  # only there; the argument wants this type
 from kubernetes.aio.client import Configuration
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
@@ -141,6 +142,8 @@ class Watches:
                 standalone=True,
                 clusterwide=True,
                 stop_flag=self._stop,
+                # Else kopf asks for the user's name, which a container's user id does not have.
+                identity=Identity("outrider-server"),
             )
         finally:
             beat.cancel()
