@@ -1,10 +1,12 @@
 """The gateway over real TLS: who gets in, what is refused, that nothing of it ends the server."""
 
 import asyncio
+import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -71,6 +73,49 @@ async def assert_alive(running: RunningGateway) -> None:
         assert (await agent.receive()).batch_acks[0].last == 1
         await agent.call.done_writing()
         assert await agent.code() == grpc.StatusCode.OK
+
+
+async def eventually_alive(running: RunningGateway) -> None:
+    """As `assert_alive`, once the connections of before are gone."""
+
+    async def alive() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await assert_alive(running)
+            return True
+        return False
+
+    await eventually(alive)
+
+
+class BlackHole:
+    """Passes bytes on to a port on loopback, until it swallows all without closing anything."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._writers: list[asyncio.StreamWriter] = []
+        self.port = 0
+        self.swallow = False
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers += [writer, back]
+        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if not self.swallow:
+                    writer.write(data)
 
 
 class TestPing:
@@ -459,6 +504,47 @@ class TestSockets:
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
             await assert_alive(running)
+
+    async def test_half_open_connection_is_freed(self, tmp_path: Path) -> None:
+        keepalive = KeepaliveSettings(time_seconds=1.0, timeout_seconds=1.0)
+        async with running_gateway(tmp_path, keepalive=keepalive) as running:
+            async with BlackHole(running.gateway.port) as hole:
+                credentials = grpc.ssl_channel_credentials(running.authority.pem)
+                address = f"127.0.0.1:{hole.port}"
+                async with grpc.aio.secure_channel(address, credentials) as channel:
+                    await open_stream(channel, running.reviews.agent("n"), "n")
+                    hole.swallow = True
+                    began = time.monotonic()
+                    await eventually(lambda: running.metric("streams") == 0)
+                    # Without the ping timeout it would be a minute.
+                    assert time.monotonic() - began < 1.0 + 1.0 + 1.0
+            await assert_alive(running)
+
+    async def test_connections_are_bounded(self, tmp_path: Path) -> None:
+        async with running_gateway(tmp_path, max_connections=2) as running:
+            async with running.connect() as first, running.connect() as second:
+                await ping(first, running.reviews.agent("a"))
+                await ping(second, running.reviews.agent("b"))
+                async with running.connect() as third:
+                    with pytest.raises(grpc.aio.AioRpcError) as error:
+                        await ping(third, running.reviews.agent("c"))
+                    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+                await ping(first, running.reviews.agent("a"))
+            await eventually_alive(running)
+
+    async def test_pings_too_often_are_sent_away(self, tmp_path: Path) -> None:
+        keepalive = KeepaliveSettings(min_interval_seconds=60.0)
+        async with running_gateway(tmp_path, keepalive=keepalive) as running:
+            options = [
+                ("grpc.keepalive_time_ms", 20),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+            credentials = grpc.ssl_channel_credentials(running.authority.pem)
+            async with grpc.aio.secure_channel(running.address, credentials, options) as channel:
+                agent = await open_stream(channel, running.reviews.agent("n"), "n")
+                assert await agent.code() == grpc.StatusCode.UNAVAILABLE
+                assert "many" in await agent.details()  # "Too many pings"
 
     async def test_plain_text_is_not_served(self, running: RunningGateway) -> None:
         async with grpc.aio.insecure_channel(running.address) as channel:
