@@ -35,12 +35,12 @@ class AgentView:
     Attributes:
         session: fencing number of its stream.
         since: when this leader learned of the stream, seconds since the Unix epoch.
-        reported: it has sent a complete run report in this stream.
+        reported: when its last complete run report in this stream came; None: none yet.
     """
 
     session: int
     since: float
-    reported: bool = False
+    reported: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Plan:
     Attributes:
         rows: all rows, as they are to be.
         sends: nodes whose run is to be sent (again).
-        cancels: nodes whose run is to be cancelled.
+        cancels: nodes whose run is to be cancelled, and that are to say what they run.
         stop: why nothing more begins, if so.
         wakeup: when to plan again even if nothing happens, seconds since the Unix epoch.
         memory: to be passed to the next call.
@@ -257,9 +257,16 @@ class _Planner:
         self.wake(last + SILENCE_SECONDS)
 
     def _unknown_to(self, agent: AgentView, row: NodeRun) -> bool:
-        """True when the agent's complete report leaves out a run not sent in this stream."""
+        """True when a complete report leaves out a run that can no longer be under way to it.
+
+        That is one not sent in this stream, or one it was asked about after it was sent: a cancel
+        asks for a report.
+        """
+        if row.phase is not Phase.DISPATCHED or agent.reported is None:
+            return False
         heard = self.heard.get(row.node, -math.inf)
-        return row.phase is Phase.DISPATCHED and agent.reported and heard < agent.since
+        asked = self.cancelled.get(row.node, math.inf)
+        return heard < agent.since or max(heard, asked) < agent.reported
 
     def begin(self) -> None:
         """Give nodes their turn, as many as maxConcurrent and the present wave leave room for."""
@@ -310,7 +317,11 @@ class _Planner:
             if heard >= agent.since:
                 due = heard + SILENCE_SECONDS
             else:
-                due = self.now if agent.reported else agent.since + COMPLETE_REPORT_SECONDS
+                due = (
+                    self.now
+                    if agent.reported is not None
+                    else agent.since + COMPLETE_REPORT_SECONDS
+                )
             if self.now >= due:
                 self.sends.append(row.node)
                 self.heard[row.node] = self.now

@@ -25,7 +25,7 @@ class Session:
         gateway: the link it came by.
         server: name of the replica.
         since: when the leader learned of it, seconds since the Unix epoch.
-        reported: a complete run report came in this stream.
+        reported: when its last complete run report came; None: none yet.
     """
 
     node: str
@@ -41,7 +41,7 @@ class Session:
     platform: str = ""
     kernel: str = ""
     instance: str = ""
-    reported: bool = False
+    reported: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class Registry:
             self.departures[node] = Departure(now, GATEWAY_LOST)
         return nodes
 
-    def complete_report(self, node: str, session: int) -> bool:
+    def complete_report(self, node: str, session: int, now: float) -> bool:
         """A complete run report came; False when it is not of the node's newest stream."""
         known = self.sessions.get(node)
         if known is None or known.session != session:
             return False
-        self.sessions[node] = replace(known, reported=True)
+        self.sessions[node] = replace(known, reported=now)
         return True
 
     def roster(self, nodes: Collection[str]) -> Roster:

@@ -255,7 +255,7 @@ class Controller:
         complete = (
             told.report.complete
             and len(runs) < limits.RUNS_PER_MESSAGE
-            and self.registry.complete_report(told.node, told.session)
+            and self.registry.complete_report(told.node, told.session, time.time())
         )
         by_task: dict[str, list[Any]] = {}
         for state in runs:

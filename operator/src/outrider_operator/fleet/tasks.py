@@ -247,8 +247,9 @@ class TaskRunner:
             run = commands.run_command(task, plan.rows[node].attempt)
             found.append((node, Command(runs=[run])))
         for node in plan.cancels:
-            attempt = plan.rows[node].attempt
-            found.append((node, Command(cancels=[commands.run_id(task.uid, attempt)])))
+            run_id = commands.run_id(task.uid, plan.rows[node].attempt)
+            # An agent that the run never came to can only say what it does know.
+            found.append((node, Command(cancels=[run_id], report_runs=True)))
         return found
 
     async def _write(self, task: Task, rows: Mapping[str, NodeRun], indexes: Iterable[int]) -> None:

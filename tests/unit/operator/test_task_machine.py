@@ -1,0 +1,371 @@
+"""A task carried out by leaders that die at any step, over a network that repeats and drops.
+
+Whatever happens: an attempt is executed at most once, never more in flight than allowed, no phase
+follows one that it must not follow, and every task ends.
+"""
+
+import asyncio
+import copy
+from typing import Any
+from unittest import mock
+
+import hypothesis.strategies as st
+from fakes.cluster import MemoryCluster
+from hypothesis import Phase as HypothesisPhase
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from outrider_operator.core import slices
+from outrider_operator.core.model import IN_FLIGHT, TASK_FINAL, TRANSITIONS, Phase
+from outrider_operator.core.ports import ClusterUnavailableError
+from outrider_operator.core.registry import Registry, Session
+from outrider_operator.core.times import seconds_of
+from outrider_operator.fleet.tasks import TaskRunner, World
+from outrider_operator.settings import TaskSettings
+from outrider_proto.v1.agent_pb2 import Command, RunId, RunPhase, RunState
+
+NODES = [f"node-{n}" for n in range(5)]
+MAX_CONCURRENT = 2
+LOST_AFTER = 300.0
+DEADLINE = 3600
+
+
+class Crash(BaseException):
+    """The leader was killed."""
+
+
+class Agent:
+    """What an agent promises: a journal that survives, each attempt executed once."""
+
+    def __init__(self) -> None:
+        self.journal: dict[int, Any] = {}
+        self.tombstones: set[int] = set()
+        self.executions: dict[int, int] = {}
+        self.session = 0
+        self.connected = False
+
+    def take(self, command: Command) -> None:
+        for run in command.runs:
+            attempt = run.id.attempt
+            if attempt not in self.journal and attempt not in self.tombstones:
+                self.journal[attempt] = RunPhase.RUN_PHASE_ACCEPTED
+        for cancel in command.cancels:
+            if self.journal.get(cancel.attempt) in (1, 2):
+                self.journal[cancel.attempt] = RunPhase.RUN_PHASE_CANCELLED
+        for ack in command.run_acks:
+            if self.journal.get(ack.attempt, 0) >= RunPhase.RUN_PHASE_SUCCEEDED:
+                del self.journal[ack.attempt]
+                self.tombstones.add(ack.attempt)
+
+    def step(self, final: int) -> None:
+        for attempt, phase in self.journal.items():
+            if phase == RunPhase.RUN_PHASE_ACCEPTED:
+                self.executions[attempt] = self.executions.get(attempt, 0) + 1
+                self.journal[attempt] = RunPhase.RUN_PHASE_RUNNING
+            elif phase == RunPhase.RUN_PHASE_RUNNING:
+                self.journal[attempt] = final
+
+    def restart(self) -> None:
+        for attempt, phase in self.journal.items():
+            if phase in (RunPhase.RUN_PHASE_ACCEPTED, RunPhase.RUN_PHASE_RUNNING):
+                self.journal[attempt] = RunPhase.RUN_PHASE_INTERRUPTED
+
+    def states(self) -> list[RunState]:
+        return [
+            RunState(id=RunId(task_uid="uid-of-t", attempt=attempt), phase=phase)
+            for attempt, phase in self.journal.items()
+        ]
+
+
+class TaskMachine(RuleBasedStateMachine):
+    @initialize(
+        failures=st.sampled_from([0, "20%", "100%"]),
+        waves=st.sampled_from([["100%"], [1, 3, "100%"]]),
+        interval=st.sampled_from([0, 40]),
+        preview=st.sampled_from([0, 8192]),
+    )
+    def begin(self, failures: Any, waves: list[Any], interval: int, preview: int) -> None:
+        self.now = 1_000_000.0
+        # Rows stand in several reports, so that a leader can die between them.
+        self.patch = mock.patch.object(slices, "MAX_ROWS", 2)
+        self.patch.start()
+        self.loop = asyncio.new_event_loop()
+        self.cluster = MemoryCluster()
+        self.agents = {node: Agent() for node in NODES}
+        self.commands: list[tuple[str, int, Command]] = []
+        self.reports: list[tuple[str, int, list[RunState], bool]] = []
+        self.phases = dict.fromkeys(NODES, Phase.PENDING)
+        self.numbers = 0
+        self.cluster.add_task(
+            "t",
+            {
+                "run": {"builtin": "Ping"},
+                "activeDeadlineSeconds": DEADLINE,
+                "output": {"previewBytes": preview, "maxBytes": 8192},
+                "rollout": {
+                    "maxConcurrent": MAX_CONCURRENT,
+                    "maxFailures": failures,
+                    "waves": waves,
+                    "waveIntervalSeconds": interval,
+                },
+            },
+        )
+        self.lead()
+        for node in NODES:
+            self.connect(node)
+
+    def teardown(self) -> None:
+        if hasattr(self, "loop"):
+            try:
+                self.finish()
+            finally:
+                self.patch.stop()
+                self.loop.close()
+
+    # The leader.
+
+    def lead(self) -> None:
+        """A leader that knows nothing but what is written; gateways tell it who is there."""
+        self.registry = Registry(self.now)
+        for node in NODES:
+            self.registry.remember(node, {})
+        world = World(
+            cluster=self.cluster,
+            registry=self.registry,
+            nodes={node: {} for node in NODES},
+            send=self.sent,
+            now=lambda: self.now,
+            settings=TaskSettings(lost_after_seconds=LOST_AFTER),
+            ended=lambda _: None,
+        )
+        self.runner = TaskRunner(self.cluster.task("t"), world)
+        for node, agent in self.agents.items():
+            if agent.connected:
+                self.join(node)
+                self.say(node, complete=True)
+
+    def join(self, node: str) -> None:
+        session = Session(node, node, self.agents[node].session, "g", "server", self.now)
+        self.registry.joined(session)
+
+    def sent(self, commands: Any) -> None:
+        for node, command in commands:
+            self.commands.append((node, self.agents[node].session, copy.deepcopy(command)))
+
+    def advance(self) -> None:
+        self.runner.update(self.cluster.task("t"))
+        self.loop.run_until_complete(self.runner.advance())
+
+    @rule(calls=st.integers(0, 12), done=st.booleans(), crash=st.booleans())
+    def reconcile_and_fail(self, calls: int, done: bool, crash: bool) -> None:
+        """The leader dies, or the API server goes, before or after the so many-th request."""
+        left = calls
+
+        def fault(_name: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash if crash else ClusterUnavailableError("away")
+
+        self.cluster.fault = fault
+        try:
+            self.advance()
+            failed = False
+        except (Crash, ClusterUnavailableError):
+            failed = True
+        self.cluster.fault = lambda _name: None
+        if crash and failed:
+            self.lead()
+        elif failed:
+            self.runner.reload()
+
+    @rule(again=st.integers(1, 3))
+    def reconcile(self, again: int) -> None:
+        for _ in range(again):
+            self.advance()
+
+    @rule()
+    def change_leader(self) -> None:
+        self.lead()
+
+    @rule(index=st.integers(0, 100))
+    def lose_an_answer(self, index: int) -> None:
+        """A write arrives at the API server, but its answer does not come back."""
+        count = index % 4
+        original = self.cluster.replace_report
+
+        async def replace(report: Any) -> Any:
+            nonlocal count
+            answer = await original(report)
+            count -= 1
+            if count < 0:
+                raise ClusterUnavailableError("no answer")
+            return answer
+
+        self.cluster.replace_report = replace  # type: ignore[method-assign]
+        try:
+            self.advance()
+        except ClusterUnavailableError:
+            self.runner.reload()
+        finally:
+            self.cluster.replace_report = original  # type: ignore[method-assign]
+
+    # The network.
+
+    @precondition(lambda self: self.commands)
+    @rule(index=st.integers(0, 1000), repeat=st.booleans())
+    def deliver_command(self, index: int, repeat: bool) -> None:
+        at = index % len(self.commands)
+        node, session, command = self.commands[at]
+        if not repeat:
+            del self.commands[at]
+        agent = self.agents[node]
+        if agent.connected and agent.session == session:
+            agent.take(command)
+            self.say(node, complete=command.report_runs)
+
+    @precondition(lambda self: self.commands)
+    @rule(index=st.integers(0, 1000))
+    def drop_command(self, index: int) -> None:
+        del self.commands[index % len(self.commands)]
+
+    @precondition(lambda self: self.reports)
+    @rule(index=st.integers(0, 1000), repeat=st.booleans())
+    def deliver_report(self, index: int, repeat: bool) -> None:
+        # Of one stream reports come in order; streams overtake one another.
+        node, session, _, _ = self.reports[index % len(self.reports)]
+        at = next(i for i, r in enumerate(self.reports) if r[0] == node and r[1] == session)
+        _, _, states, complete = self.reports[at]
+        if not repeat:
+            del self.reports[at]
+        complete = complete and self.registry.complete_report(node, session, self.now)
+        self.runner.report(node, states, complete)
+
+    @rule(node=st.sampled_from(NODES))
+    def say(self, node: str, complete: bool = False) -> None:
+        agent = self.agents[node]
+        if agent.connected:
+            self.reports.append((node, agent.session, agent.states(), complete))
+
+    @rule(final=st.sampled_from([3, 3, 4]))
+    def let_it_run(self, final: int) -> None:
+        """Everything arrives, all agents work, and the leader looks."""
+        while self.commands:
+            self.deliver_command(0, repeat=False)
+        for node in NODES:
+            self.work(node, final)
+        while self.reports:
+            self.deliver_report(0, repeat=False)
+        self.advance()
+
+    @rule()
+    def deliver_all_commands_and_work(self) -> None:
+        while self.commands:
+            self.deliver_command(0, repeat=False)
+        for node in NODES:
+            self.agents[node].step(3)
+
+    # The agents.
+
+    @rule(node=st.sampled_from(NODES), final=st.sampled_from([3, 3, 4, 5]))
+    def work(self, node: str, final: int) -> None:
+        self.agents[node].step(final)
+        self.say(node)
+
+    @rule(node=st.sampled_from(NODES), kill=st.booleans())
+    def disconnect(self, node: str, kill: bool) -> None:
+        agent = self.agents[node]
+        if agent.connected:
+            self.registry.left(node, agent.session, "Closed", self.now)
+            self.reports = [r for r in self.reports if r[0] != node or not kill]
+        agent.connected = False
+        if kill:
+            agent.restart()
+
+    @rule(node=st.sampled_from(NODES))
+    def connect(self, node: str) -> None:
+        agent = self.agents[node]
+        if not agent.connected:
+            self.numbers += 1
+            agent.session = self.numbers
+            agent.connected = True
+            self.join(node)
+            self.say(node, complete=True)
+
+    # People and time.
+
+    @rule(seconds=st.sampled_from([1.0, 35.0, 310.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(value=st.booleans())
+    def suspend(self, value: bool) -> None:
+        self.cluster.change_spec("t", suspend=value)
+
+    @rule(sure=st.integers(0, 9))
+    def cancel(self, sure: int) -> None:
+        if sure == 0:
+            self.cluster.change_spec("t", cancel=True)
+
+    # What always holds.
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "cluster"):
+            return
+        rows = self.cluster.rows()
+        in_flight = [n for n, row in rows.items() if Phase(row["phase"]) in IN_FLIGHT]
+        assert len(in_flight) <= MAX_CONCURRENT, rows
+        for node, agent in self.agents.items():
+            assert all(count == 1 for count in agent.executions.values()), (node, agent.executions)
+            assert set(agent.journal) | set(agent.executions) <= {1}
+            if agent.executions:
+                assert rows[node]["phase"] not in ("Pending", "Skipped"), "ran without an intent"
+
+    def finish(self) -> None:
+        """Nothing fails any more: the task ends, within its deadline and what Lost takes."""
+        self.cluster.change_spec("t", suspend=False)
+        for node in NODES:
+            self.connect(node)
+        before = {n: row["phase"] for n, row in self.cluster.rows().items()}
+        began = self.now
+        for _ in range(400):
+            if self.cluster.task("t").get("status", {}).get("phase") in TASK_FINAL:
+                break
+            self.now += 20.0
+            while self.reports:
+                self.deliver_report(0, repeat=False)
+            self.advance()
+            self.holds()
+            while self.commands:
+                self.deliver_command(0, repeat=False)
+            for node in NODES:
+                self.work(node, 3)
+        status = self.cluster.task("t")["status"]
+        assert status["phase"] in TASK_FINAL, (status, self.cluster.rows())
+        for node, row in self.cluster.rows().items():
+            if before.get(node) != "Lost":
+                assert row["phase"] != "Lost", f"given up though it answers: {row}"
+        if status["reason"] == "DeadlineExceeded":
+            started = seconds_of(status["startTime"])
+            assert started is not None
+            assert started + DEADLINE < began + 1000, "it dawdled until its deadline"
+        counts = status["counts"]
+        assert counts["targeted"] == len(NODES) == sum(counts.values()) - len(NODES)
+        executed = {n for n, agent in self.agents.items() if agent.executions}
+        for node, row in self.cluster.rows().items():
+            if row["phase"] in ("Succeeded", "Failed", "TimedOut"):
+                assert node in executed, row
+
+
+def test_phases_follow_the_table() -> None:
+    assert set(TRANSITIONS) == set(Phase)
+
+
+TestTaskMachine = TaskMachine.TestCase
+TestTaskMachine.settings = settings(
+    max_examples=250,
+    stateful_step_count=40,
+    deadline=None,
+    # Shrinking takes longer than a test may; the steps that are printed are few enough to read.
+    phases=[HypothesisPhase.explicit, HypothesisPhase.reuse, HypothesisPhase.generate],
+)
