@@ -58,10 +58,16 @@ def create(run: Mapping[str, object], **spec: object) -> str:
     return name
 
 
-def create_script(source: str, timeout: int = 120) -> str:
-    """Create an AgentTask that runs a script in /bin/sh on all nodes; returns its name."""
+def create_script(source: str, *, at_once: bool = True) -> str:
+    """Create an AgentTask that runs a script in /bin/sh on all nodes; returns its name.
+
+    Args:
+        source: the script.
+        at_once: on all nodes at the same time, instead of the usual waves.
+    """
     script = {"script": {"interpreter": ["/bin/sh", "-eu"], "source": source}}
-    return create(script, timeoutSeconds=timeout, rollout={"maxConcurrent": "100%"})
+    rollout = {"maxConcurrent": "100%", "waves": ["100%"]} if at_once else {}
+    return create(script, timeoutSeconds=120, rollout=rollout)
 
 
 def get(name: str) -> dict[str, Any]:

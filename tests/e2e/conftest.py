@@ -7,13 +7,11 @@ the next session upgrades the release in it, which makes trying a change a matte
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
-from cluster import fetch, images, lifecycle, paths, release, tasks
+from cluster import command, fetch, images, lifecycle, paths, release, tasks
 from cluster.errors import ClusterError
 from cluster.layout import KUBECONFIG
 from cluster.progress import Steps
@@ -49,17 +47,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             pytest.exit(f"error: {error}", returncode=error.exit_code)
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the cluster in a process of its own, as people do."""
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments],
-        env={**os.environ, "PYTHONPATH": str(paths.ROOT / "tests"), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="session")
 def parts() -> None:
     """For tests that make clusters of their own: all parts are there."""
@@ -69,12 +56,10 @@ def parts() -> None:
 def cluster() -> Iterator[None]:
     """Three nodes with Kafka and Prometheus, without Outrider."""
     if not (KEEP and KUBECONFIG.exists()):
-        done = command("up", "--nodes", str(len(NODES)), "--kafka", "--prometheus")
-        assert done.returncode == 0, done.stderr
+        command.must("up", "--nodes", str(len(NODES)), "--kafka", "--prometheus")
     yield
     if not KEEP:
-        done = command("down")
-        assert done.returncode == 0, done.stderr
+        command.must("down")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -12,34 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import paths
+from cluster import command, paths
 
 # A cluster of its own, beside the one the other tests share.
 NAME, PORT = "outrider-teardown", 18443
-ENVIRONMENT = {
-    **os.environ,
-    "OUTRIDER_CLUSTER_NAME": NAME,
-    "OUTRIDER_CLUSTER_PORT": str(PORT),
-    "PYTHONPATH": str(paths.ROOT / "tests"),
-}
+CHANGES = {"OUTRIDER_CLUSTER_NAME": NAME, "OUTRIDER_CLUSTER_PORT": str(PORT)}
 STATE = paths.state(NAME)
 pytestmark = pytest.mark.usefixtures("parts")
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return command.attempt(*arguments, **CHANGES)
 
 
 def _start_up() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "cluster", "up", "--nodes", "1"],
-        env=ENVIRONMENT,
+        env=command.environment(**CHANGES),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
