@@ -490,6 +490,8 @@ class TestDrain:
         await agent.send(PackagedData(batch=make_batch(1)))
         await agent.call.done_writing()
         await eventually(lambda: running.sink.waiting == 1)
+        for _ in range(3):  # on the same connection: the server has seen the end by then
+            await ping(channel, running.reviews.agent("other"))
         running.sink.open.set()
         assert (await agent.receive()).batch_acks[0].last == 1
         assert await agent.code() == grpc.StatusCode.OK
