@@ -130,6 +130,9 @@ class FakeGateway(AgentServiceServicer):
         finally:
             reading.cancel()
 
+    async def Ping(self, request: pb.PingRequest, context: object) -> pb.PingResponse:
+        return pb.PingResponse(payload=request.payload, server="fake-0")
+
     async def _read(self, stream: FakeStream, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg] # of the bytes of two messages
         while (message := await context.read()) is not grpc.aio.EOF:
             self._take(stream, message)

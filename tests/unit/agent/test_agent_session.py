@@ -151,9 +151,17 @@ def test_batches_go_in_order() -> None:
 
 def test_an_empty_outbox_is_not_asked_again_until_there_is_more() -> None:
     session = opened()
-    session.exhausted()
+    session.begin_read()
     assert session.next(0.0) is None
     session.appended()
+    assert session.next(0.0) is Want.BATCHES
+
+
+def test_what_happens_while_the_outbox_is_read_is_not_forgotten() -> None:
+    session = opened(window=100)
+    session.sent_batch(1, 90, 0.0)
+    session.begin_read()
+    session.receive(ack(1, 1), 0.0, 0)  # makes room, after the outbox was asked for ten bytes
     assert session.next(0.0) is Want.BATCHES
 
 
@@ -171,7 +179,7 @@ def test_requests_become_effects() -> None:
 
 def test_an_idle_stream_beats_and_expects_an_answer() -> None:
     session = opened()
-    session.exhausted()
+    session.begin_read()
     assert session.wake_at() == IDLE_SECONDS
     assert session.next(IDLE_SECONDS) is Want.HEARTBEAT
     session.sent_heartbeat(IDLE_SECONDS)

@@ -24,6 +24,8 @@ ANSWER_SECONDS = 60.0
 #: The stream is renewed this long before the server would end it, seconds: a range, so that the
 #: agents of a fleet that started together do not come back together.
 RENEW_MARGIN_SECONDS = (15.0, 60.0)
+#: But not before this share of what is left to the token has passed.
+RENEW_SHARE = 0.8
 #: The window where the server names none, bytes.
 DEFAULT_WINDOW_BYTES = 4 * limits.MIB
 #: Most bytes of batches that are fetched from the outbox at once.
@@ -215,12 +217,17 @@ class Session:
         if seq <= self._cursor:
             raise ValueError(f"batch {seq} after batch {self._cursor}: out of order")
         self._cursor = seq
+        self._maybe_more = True
         self._in_flight[seq] = size
         self._in_flight_bytes += size
         self._last_sent = now
 
-    def exhausted(self) -> None:
-        """The outbox had no batch that fits now."""
+    def begin_read(self) -> None:
+        """The outbox is about to be read.
+
+        If nothing is sent of it, it is not read again before it has more, or the window has more
+        room; what happens while it is read counts.
+        """
         self._maybe_more = False
 
     def appended(self) -> None:
@@ -268,7 +275,7 @@ class Session:
             # With little time left the token may not have been renewed on disk yet: come back
             # ever closer to the end, and at last let the server end the stream.
             if left > 10:
-                self._plan_end(now + max(left - margin, left * 0.8), End.RENEW)
+                self._plan_end(now + max(left - margin, left * RENEW_SHARE), End.RENEW)
         return Welcomed(welcome.server, welcome.version, welcome.agent_id)
 
     def _acknowledge(self, ack: pb.BatchAck) -> list[Effect]:

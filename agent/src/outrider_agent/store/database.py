@@ -28,6 +28,9 @@ log = get_logger("outrider.store")
 
 FILE_NAME: Final = "agent.db"
 LOCK_NAME: Final = "agent.lock"
+#: Made when the file turned out to be damaged while it was in use: what a check at the start does
+#: not find must not end the agent again and again.
+SUSPECT_NAME: Final = "agent.db.suspect"
 #: Damaged files that are kept for people to look at; older ones are deleted.
 KEPT_DAMAGED: Final = 2
 #: Bound of the write-ahead log after a checkpoint, bytes.
@@ -146,9 +149,12 @@ def open_database(directory: Path, *, now: Callable[[], float] = time.time) -> O
         SettingsError: The file cannot be opened at all, or was made by a newer agent.
     """
     path = directory / FILE_NAME
+    suspect = directory / SUSPECT_NAME
     damaged: Path | None = None
     salvage = Salvage()
     try:
+        if suspect.exists() and path.exists():
+            raise _DamageError("it failed the agent that used it before")
         connection = _open_checked(path, now)
     except _DamageError as damage:
         salvage = _salvage(path)
@@ -164,6 +170,7 @@ def open_database(directory: Path, *, now: Callable[[], float] = time.time) -> O
         )
         connection = _open_checked(path, now)
         _carry_over(connection, salvage)
+    suspect.unlink(missing_ok=True)
     (epoch,) = connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
     return Opened(connection, epoch, damaged)
 
@@ -246,7 +253,7 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def _verify(connection: sqlite3.Connection) -> None:
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise _DamageError(str(verdict))
     names = {name for (name,) in connection.execute("SELECT name FROM meta")}

@@ -178,7 +178,6 @@ class Recorder:
         losses, self._losses, self._losses_told = self._losses, Losses(), now
         for record_class, loss in losses.by_class.items():
             fields = {
-                "event": "OutboxFull",
                 "class": record_class.name.lower(),
                 "batches": str(loss.batches),
                 "records": str(loss.records),
@@ -188,8 +187,9 @@ class Recorder:
                 "epoch": str(self._store.epoch),
             }
             log.warning("the outbox was full: records were given up", **fields)
+            told = {"event": "OutboxFull", **fields}
             self.submit(
-                records.payload(records.AGENT_EVENT, int(time.time()), fields), RecordClass.LOG
+                records.payload(records.AGENT_EVENT, int(time.time()), told), RecordClass.LOG
             )
 
 

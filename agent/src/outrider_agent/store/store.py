@@ -25,6 +25,7 @@ from outrider_agent.core.storage import Backlog, Process, StorageError, Unfinish
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.store import journal, outbox
 from outrider_agent.store.database import (
+    SUSPECT_NAME,
     Lock,
     Opened,
     StoreDamagedError,
@@ -69,7 +70,10 @@ class _Operation:
 class Store:
     """Journal and outbox. Made by `open_store`."""
 
-    def __init__(self, opened: Opened, limits: StoreLimits, metrics: AgentMetrics) -> None:
+    def __init__(
+        self, directory: Path, opened: Opened, limits: StoreLimits, metrics: AgentMetrics
+    ) -> None:
+        self._suspect = directory / SUSPECT_NAME
         self.epoch = opened.epoch
         self.damaged = opened.damaged
         self._db = opened.connection
@@ -287,6 +291,9 @@ class Store:
             self._metrics.store_failures.inc()
             if isinstance(operation.error, StoreDamagedError) and not self._failed.done():
                 self._failed.set_exception(operation.error)
+                self._failed.exception()  # perhaps nobody watches
+                with contextlib.suppress(OSError):  # then the checks at the next start must do
+                    self._suspect.touch()
             if not operation.future.done():
                 operation.future.set_exception(operation.error)
                 operation.future.exception()  # its caller may be gone: that is no news
@@ -317,7 +324,7 @@ async def open_store(
         opened = await asyncio.to_thread(open_database, directory)
         if opened.damaged is not None:
             metrics.damaged_files.inc()
-        store = Store(opened, limits, metrics)
+        store = Store(directory, opened, limits, metrics)
         try:
             await store.totals()
             yield store

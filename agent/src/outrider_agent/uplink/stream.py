@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import grpc.aio
 from outrider_proto.v1 import agent_pb2 as pb
@@ -77,7 +77,9 @@ class Stream:
         self._on_welcome = on_welcome
         self._session = Session(outbox.epoch, random.Random(), time.monotonic())
         self._wake = asyncio.Event()
+        self._due = asyncio.Event()
         self._sending = False
+        self._closing = False
 
     @property
     def idle(self) -> bool:
@@ -105,70 +107,67 @@ class Stream:
         """
         reader = asyncio.create_task(self._read(), name="uplink reader")
         writer = asyncio.create_task(self._write(), name="uplink writer")
+        # Of its own, since the writer may be held up by a server that does not read.
+        timer = asyncio.create_task(self._watch(), name="uplink timer")
         try:
-            while True:
-                end = self._session.ended(time.monotonic())
-                if end is not None:
-                    await self._close(reader, writer)
-                    return end
-                delay = max(0.01, self._session.wake_at() - time.monotonic())
-                # The reader wakes too, since what it reads may set an end.
-                done, _ = await asyncio.wait(
-                    {reader, writer}, timeout=min(delay, 1.0), return_when=asyncio.FIRST_COMPLETED
-                )
-                # The reader first: it knows the status with which the server ended the call.
-                for task in (reader, writer):
-                    if task in done:
-                        await self._outcome(reader, task)
+            await asyncio.wait({reader, writer, timer}, return_when=asyncio.FIRST_COMPLETED)
+            # The reader first: it knows the status with which the server ended the call.
+            if reader.done() or writer.done():
+                await self._raise_cause(reader, writer)
+            await self._close(reader, writer)
+            return timer.result()
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, timer):
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await asyncio.gather(reader, writer, timer, return_exceptions=True)
             self._call.cancel()
 
-    async def _outcome(self, reader: asyncio.Task[None], ended: asyncio.Task[None]) -> None:
+    async def _watch(self) -> End:
+        """Wait until the session is to be ended by us."""
+        while (end := self._session.ended(time.monotonic())) is None:
+            self._due.clear()
+            await _wait(self._due, self._session.wake_at() - time.monotonic())
+        return end
+
+    async def _raise_cause(
+        self, reader: asyncio.Task[None], writer: asyncio.Task[None]
+    ) -> NoReturn:
         """Raise what ended the stream."""
-        error = ended.exception()
-        if ended is not reader and isinstance(
-            error, grpc.aio.AioRpcError | asyncio.InvalidStateError
+        if not reader.done() and isinstance(
+            writer.exception(), grpc.aio.AioRpcError | asyncio.InvalidStateError
         ):
             # A write on an ended call; the reader learns the status in a moment.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await asyncio.wait({reader})
-            if reader.done() and reader.exception() is not None:
-                error = reader.exception()
-        if error is not None:
-            raise error
+            await asyncio.wait({reader}, timeout=CLOSE_SECONDS)
+        for task in (reader, writer):
+            error = task.exception() if task.done() else None
+            if error is not None:
+                raise error
         raise StreamClosedError("the server ended the stream")
 
     async def _close(self, reader: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
         """Say that no more will come, and take what the server still says."""
-        writer.cancel()
-        await asyncio.gather(writer, return_exceptions=True)
+        # Not by cancelling the writer: that would cancel the call with what it is writing.
+        self._closing = True
+        self._wake.set()
         with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.wait({writer})
                 await self._call.done_writing()
                 await asyncio.wait({reader})
 
     # Up.
 
     async def _write(self) -> None:
-        while True:
+        while not self._closing:
             now = time.monotonic()
             want = self._session.next(now)
             if want is None:
                 self._sending = False
-                await self._sleep(self._session.wake_at() - now)
+                await _wait(self._wake, self._session.wake_at() - now)
+                self._wake.clear()
                 continue
             self._sending = True
             await self._send_wanted(want)
-
-    async def _sleep(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.01, seconds)):
-                await self._wake.wait()
-        self._wake.clear()
 
     async def _send_wanted(self, want: Want) -> None:
         session = self._session
@@ -200,17 +199,16 @@ class Stream:
         """Send what fits the window, but for what is more urgent: that goes in between."""
         session = self._session
         at_least_one = session.nothing_in_flight
+        session.begin_read()
         waiting = await self._outbox.batches_after(
             session.cursor, session.budget, at_least_one=at_least_one
         )
-        if not waiting:
-            session.exhausted()
         for item in waiting:
             session.sent_batch(item.seq, item.size, time.monotonic())
             await self._send(pb.PackagedData(batch=item.batch), Want.BATCHES)
             self._metrics.sent_records.inc(item.batch.count)
             self._traffic.sent_records += item.batch.count
-            if session.next(time.monotonic()) not in (Want.BATCHES, None):
+            if self._closing or session.next(time.monotonic()) not in (Want.BATCHES, None):
                 return  # what was not sent is read again: the cursor did not pass it
 
     async def _send(self, message: pb.PackagedData, want: Want) -> None:
@@ -243,6 +241,7 @@ class Stream:
             self._metrics.received_messages.inc()
             effects = self._session.receive(command, time.monotonic(), time.time_ns())
             self._wake.set()
+            self._due.set()
             for effect in effects:
                 await self._apply(effect)
 
@@ -260,3 +259,10 @@ class Stream:
                 await self._runs.acknowledge(keys)
             case protocol.Draining(reason):
                 log.info("the server asks us to go elsewhere", reason=reason)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.01, seconds)):
+            await event.wait()

@@ -5,6 +5,7 @@ every connect. What goes over a stream is `stream`'s matter.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,15 +197,22 @@ class Uplink:
             await channel.close()
 
     async def _dial(self, channel: grpc.aio.Channel, route: Route) -> None:
-        try:
-            async with asyncio.timeout(self._settings.dial_timeout_seconds):
-                await channel.channel_ready()
-        except TimeoutError:
-            raise DialError(
-                f"{route.address}: no TLS connection within {self._settings.dial_timeout_seconds:g}"
-                f" s (nobody listens, or the certificate is not one of server.caFile for "
-                f"{self._settings.server_name})"
-            ) from None
+        """Wait for the connection; a failed one is not waited for, there are other addresses."""
+        seconds = self._settings.dial_timeout_seconds
+        why = f"not within {seconds:g} s"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                state = channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                    if state is grpc.ChannelConnectivity.READY:
+                        return
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
+                why = (
+                    "nobody listens there, or its certificate is not one of server.caFile for "
+                    f"{self._settings.server_name}"
+                )
+        raise DialError(f"{route.address}: no TLS connection: {why}")
 
     def _welcome(self, route: Route, welcomed: Welcomed) -> None:
         self._welcomed_at = time.monotonic()

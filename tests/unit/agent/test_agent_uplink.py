@@ -1,0 +1,344 @@
+"""The uplink against a real gRPC server over TLS: order, loss, refusal, and finding another one."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fakes.agent_parts import batch_of, run_state, store_in, value
+from fakes.certificates import SERVER_NAME, Authority
+from fakes.gateway_server import TOKEN, FakeGateway, credentials, listen, serving
+from outrider_agent.core import session as protocol
+from outrider_agent.core.runs import RunKey
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.settings import ServerSettings
+from outrider_agent.store.store import Store
+from outrider_agent.uplink import uplink as module
+from outrider_agent.uplink.uplink import Identity, Uplink
+from outrider_proto.v1 import agent_pb2 as pb
+from outrider_runtime.discovery import DiscoveryError
+from prometheus_client import CollectorRegistry
+
+
+class FakeRuns:
+    """Keeps what servers ask for."""
+
+    def __init__(self) -> None:
+        self.submitted: list[pb.RunCommand] = []
+        self.cancelled: list[RunKey] = []
+        self.acknowledged: list[RunKey] = []
+        self.known: list[pb.RunState] = []
+
+    async def submit(self, commands: Any) -> None:
+        self.submitted += commands
+
+    async def cancel(self, keys: Any) -> None:
+        self.cancelled += keys
+
+    async def acknowledge(self, keys: list[RunKey]) -> None:
+        self.acknowledged += keys
+
+    async def report(self) -> list[pb.RunState]:
+        return self.known
+
+
+@dataclass
+class Bench:
+    uplink: Uplink
+    store: Store
+    runs: FakeRuns
+    registry: CollectorRegistry
+    connected: list[tuple[bool, str]] = field(default_factory=list)
+    folder: Path = Path()
+
+    async def until(self, condition: Callable[[], object], seconds: float = 20) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while not condition():
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"not within {seconds} s: {self.connected}") from None
+
+
+@contextlib.asynccontextmanager
+async def uplink_to(
+    target: str, folder: Path, authority: Authority, **change: Any
+) -> AsyncIterator[Bench]:
+    ca, token = credentials(folder, authority)
+    settings = ServerSettings(
+        **{
+            "target": target,
+            "ca_file": str(ca),
+            "token_file": str(token),
+            "server_name": SERVER_NAME,
+            "dial_timeout_seconds": 1.0,
+            "backoff_base_seconds": 0.05,
+            "backoff_cap_seconds": 0.2,
+            **change,
+        }
+    )
+    registry = CollectorRegistry()
+    metrics = AgentMetrics(registry)
+    identity = Identity(pb.Hello(node="node-a", version="1"), pb.PackagedData(product="agent"))
+    connected: list[tuple[bool, str]] = []
+    runs = FakeRuns()
+    async with store_in(folder / "state") as store:
+        uplink = Uplink(
+            settings, identity, store, metrics, lambda ok, why: connected.append((ok, why))
+        )
+        store.on_append = uplink.batch_appended
+        task = asyncio.create_task(uplink.run(runs))
+        try:
+            yield Bench(uplink, store, runs, registry, connected, folder)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+async def test_hello_report_and_batches_in_order(tmp_path: Path, authority: Authority) -> None:
+    async with (
+        serving(authority) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        bench.runs.known = [run_state("a", pb.RUN_PHASE_FAILED)]
+        await bench.store.append_batch(batch_of("one"))
+        stream = await server.gateway.stream()
+        await server.gateway.until(lambda: len(stream.batches) == 1)
+        await bench.until(lambda: bench.store.backlog.batches == 0)
+        assert stream.kinds == ["hello", "complete", "batch"]
+        assert stream.token == TOKEN
+        assert stream.hello.hello.node == "node-a"
+        assert stream.hello.hello.net_mode == bench.uplink.net_mode == "sd"
+        assert stream.hello.product == "agent"
+        assert stream.complete_reports[0].runs[0].id.task_uid == "a"
+        assert bench.connected[-1] == (True, "")
+        assert value(bench.registry, "outrider_agent_connected") == 1
+
+
+async def test_requests_reach_the_runs_and_changes_come_back(
+    tmp_path: Path, authority: Authority
+) -> None:
+    run = pb.RunCommand(id=pb.RunId(task_uid="a", attempt=1))
+    async with (
+        serving(authority) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        stream = await server.gateway.stream()
+        stream.send(pb.Command(runs=[run], cancels=[run.id], run_acks=[run.id]))
+        await bench.until(lambda: bench.runs.acknowledged)
+        assert bench.runs.submitted == [run]
+        assert bench.runs.cancelled == bench.runs.acknowledged == [RunKey("a", 1)]
+        bench.uplink.run_changed(run_state("a", pb.RUN_PHASE_FAILED))
+        await server.gateway.final("a")
+        assert await bench.uplink.settle(5)
+        stream.send(pb.Command(report_runs=True))
+        await server.gateway.until(lambda: len(stream.complete_reports) == 2)
+
+
+async def test_batches_stay_until_they_are_acknowledged_and_are_sent_again(
+    tmp_path: Path, authority: Authority
+) -> None:
+    gateway = FakeGateway()
+    gateway.acknowledge = False
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        for text in "abc":
+            await bench.store.append_batch(batch_of(text))
+        stream = await gateway.stream()
+        await gateway.until(lambda: len(stream.batches) == 3)
+        gateway.acknowledge = True
+        stream.close()
+        again = await gateway.stream(1)
+        await gateway.until(lambda: len(again.batches) == 3)
+        await bench.until(lambda: bench.store.backlog.batches == 0)
+        assert [b.seq for b in again.batches] == [1, 2, 3]
+        assert again.kinds[:2] == ["hello", "complete"]
+
+
+async def test_no_more_than_the_window_is_sent(tmp_path: Path, authority: Authority) -> None:
+    gateway = FakeGateway()
+    gateway.acknowledge = False
+    gateway.window_bytes = 5_000
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        for _ in range(10):
+            await bench.store.append_batch(batch_of("x" * 2000))
+        stream = await gateway.stream()
+        await gateway.until(lambda: len(stream.batches) == 2)
+        bench.uplink.run_changed(run_state("a", pb.RUN_PHASE_FAILED))  # not held up by batches
+        await gateway.final("a")
+        assert len(stream.batches) == 2
+        stream.send(pb.Command(batch_acks=[pb.BatchAck(epoch=bench.store.epoch, first=1, last=1)]))
+        await gateway.until(lambda: len(stream.batches) == 3)
+
+
+async def test_many_batches_all_arrive_once(tmp_path: Path, authority: Authority) -> None:
+    async with (
+        serving(authority) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        await asyncio.gather(*(bench.store.append_batch(batch_of(str(n))) for n in range(300)))
+        await server.gateway.until(lambda: len(server.gateway.all_batches) == 300)
+        await bench.until(lambda: bench.store.backlog.batches == 0)
+        assert server.gateway.repeats == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, "does not accept our token"),
+        (grpc.StatusCode.PERMISSION_DENIED, "does not let our token speak for this node"),
+    ],
+)
+async def test_a_refusal_is_told_clearly_and_the_token_is_read_anew(
+    tmp_path: Path, authority: Authority, code: grpc.StatusCode, text: str
+) -> None:
+    gateway = FakeGateway()
+    gateway.refuse = (code, "no")
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        await gateway.until(lambda: gateway.attempts >= 2)
+        assert text in bench.connected[-1][1]
+        assert TOKEN not in bench.connected[-1][1]
+        name = "outrider_agent_connects_total"
+        assert value(bench.registry, name, net_mode="sd", result="refused") >= 1
+        (tmp_path / "token").write_text("fresh")
+        gateway.refuse = None
+        stream = await gateway.stream()
+        assert stream.token == "fresh"
+
+
+async def test_a_server_that_dies_is_waited_for(tmp_path: Path, authority: Authority) -> None:
+    first = await listen(FakeGateway(), authority)
+    async with uplink_to(first.address, tmp_path, authority) as bench:
+        await first.gateway.stream()
+        await bench.until(lambda: bench.connected[-1][0])
+        await first.server.stop(0)
+        await bench.until(lambda: not bench.connected[-1][0])
+        async with serving(authority, port=first.port) as second:
+            await second.gateway.stream()
+            await bench.until(lambda: bench.connected[-1][0])
+
+
+async def test_a_server_with_another_certificate_is_not_talked_to(
+    tmp_path: Path, authority: Authority
+) -> None:
+    async with (
+        serving(Authority()) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        await bench.until(lambda: "certificate" in bench.connected[-1][1])
+        assert server.gateway.attempts == 0
+
+
+async def test_private_and_public_addresses_are_tried_after_discovery(
+    tmp_path: Path, authority: Authority
+) -> None:
+    async with (
+        serving(authority) as server,
+        uplink_to(
+            "127.0.0.1:1",
+            tmp_path,
+            authority,
+            region="eu",
+            private={"eu": "127.0.0.1:2", "us": "127.0.0.1:3"},
+            public={"eu": server.address},
+        ) as bench,
+    ):
+        stream = await server.gateway.stream()
+        assert stream.hello.hello.net_mode == "public"
+        await bench.until(lambda: bench.connected[-1][0])
+
+
+async def test_a_drain_leads_to_the_other_server(tmp_path: Path, authority: Authority) -> None:
+    async with serving(authority) as one, serving(authority) as two:
+        target = f"{one.address},{two.address}"
+        async with uplink_to(target, tmp_path, authority) as bench:
+            await bench.until(lambda: bench.connected[-1][0])
+            here, there = (one, two) if one.gateway.streams else (two, one)
+            stream = here.gateway.streams[0]
+            stream.send(pb.Command(drain=pb.Drain(reason="leaving", spread_millis=50)))
+            await there.gateway.stream()
+            await here.gateway.until(lambda: stream.half_closed)
+
+
+async def test_a_token_about_to_expire_renews_the_stream(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "RENEW_MARGIN_SECONDS", (598.0, 599.0))
+    monkeypatch.setattr(protocol, "RENEW_SHARE", 0.0)
+    gateway = FakeGateway()
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        stream = await gateway.stream()
+        (tmp_path / "token").write_text("fresh")
+        renewed = await gateway.stream(1)
+        assert renewed.token == "fresh"
+        assert stream.half_closed
+        # It was planned: readiness did not flap.
+        await bench.until(lambda: len(bench.connected) == 3)
+        assert [ok for ok, _ in bench.connected] == [False, True, True]
+
+
+async def test_a_silent_server_is_left(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(protocol, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "WELCOME_SECONDS", 0.5)
+    gateway = FakeGateway()
+    gateway.answer_heartbeats = False
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(server.address, tmp_path, authority) as bench,
+    ):
+        await gateway.stream(1)
+        assert "no answer" in bench.connected[-1][1] or bench.connected[-1][0]
+        gateway.welcome = False
+        await bench.until(lambda: "no welcome" in bench.connected[-1][1])
+
+
+async def test_a_stream_that_ends_at_once_is_not_opened_in_a_loop(
+    tmp_path: Path, authority: Authority
+) -> None:
+    gateway = FakeGateway()
+    async with (
+        serving(authority, gateway) as server,
+        uplink_to(
+            server.address, tmp_path, authority, backoff_base_seconds=1e9, backoff_cap_seconds=1e9
+        ),
+    ):
+        stream = await gateway.stream()
+        stream.send(pb.Command(drain=pb.Drain(reason="go", spread_millis=0)))
+        await gateway.until(lambda: stream.half_closed)
+        await asyncio.sleep(0.3)
+        assert gateway.attempts == 1
+
+
+async def test_no_dns_answer_is_a_reason_not_to_be_ready(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object, **__: object) -> list[object]:
+        raise DiscoveryError("dns:x: no such name")
+
+    monkeypatch.setattr(module, "resolve", nothing)
+    async with uplink_to("dns:x:1", tmp_path, authority) as bench:
+        await bench.until(lambda: "no such name" in bench.connected[-1][1])
+        assert value(bench.registry, "outrider_agent_discovery_failures_total") >= 1
