@@ -18,49 +18,14 @@ from prometheus_client import CollectorRegistry
 
 # fmt: off
 FIELDS = [
-
+    "kernel_version", "arch", "platform", "platform_family", "platform_version", "state",
+    "state_detail", "idc", "region", "net_mode", "rx_speed", "tx_speed", "cpu", "rss",
+    "read_speed", "write_speed", "pid", "nfd", "start_time", "tx_tps", "rx_tps", "du", "nproc",
+    "total_mem", "load_1", "load_5", "load_15", "running_procs", "total_procs", "host_serial",
+    "host_id", "host_model", "host_vendor", "dns", "gateway", "cpu_name", "boot_time",
+    "cpu_usage", "mem_usage",
 ]
 # fmt: on
-    "kernel_version",
-    "arch",
-    "platform",
-    "platform_family",
-    "platform_version",
-    "state",
-    "state_detail",
-    "idc",
-    "region",
-    "net_mode",
-    "rx_speed",
-    "tx_speed",
-    "cpu",
-    "rss",
-    "read_speed",
-    "write_speed",
-    "pid",
-    "nfd",
-    "start_time",
-    "tx_tps",
-    "rx_tps",
-    "du",
-    "nproc",
-    "total_mem",
-    "load_1",
-    "load_5",
-    "load_15",
-    "running_procs",
-    "total_procs",
-    "host_serial",
-    "host_id",
-    "host_model",
-    "host_vendor",
-    "dns",
-    "gateway",
-    "cpu_name",
-    "boot_time",
-    "cpu_usage",
-    "mem_usage",
-]
 
 
 def heartbeat(directory: Path, traffic: Traffic) -> Heartbeat:
