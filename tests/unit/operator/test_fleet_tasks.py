@@ -13,7 +13,10 @@ from outrider_operator.fleet.tasks import TaskRunner, World
 from outrider_operator.settings import TaskSettings
 from outrider_proto.v1.agent_pb2 import Command, RunId, RunPhase, RunState
 
-PING = {"run": {"builtin": "Ping"}, "rollout": {"maxConcurrent": "100%", "waves": ["100%"]}}
+PING: dict[str, Any] = {
+    "run": {"builtin": "Ping"},
+    "rollout": {"maxConcurrent": "100%", "waves": ["100%"]},
+}
 START = 1_000_000.0
 
 
@@ -140,9 +143,9 @@ async def test_what_is_reported_during_a_write_is_not_lost(cluster) -> None:
         leader.says("a", RunPhase.RUN_PHASE_SUCCEEDED)
         return await replace(report)
 
-    cluster.replace_report = meanwhile  # type: ignore[method-assign]
+    cluster.replace_report = meanwhile
     await leader.advance()
-    cluster.replace_report = replace  # type: ignore[method-assign]
+    cluster.replace_report = replace
     assert cluster.rows()["a"]["phase"] == "Running"
     await leader.advance()
     assert cluster.rows()["a"]["phase"] == "Succeeded"

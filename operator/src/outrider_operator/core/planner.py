@@ -269,29 +269,30 @@ class _Planner:
         return heard < agent.since or max(heard, asked) < agent.reported
 
     def begin(self) -> None:
-        """Give nodes their turn, as many as maxConcurrent and the present wave leave room for."""
-        spec = self.task.spec.rollout
-        total = len(self.rows)
-        in_flight = sum(row.phase in IN_FLIGHT for row in self.rows.values())
-        room = max(1, resolve(spec.max_concurrent, total, up=True)) - in_flight
-        for index, row in enumerate(list(self.rows.values())):
-            if index >= self._wave_end(total):
-                break
-            if row.phase is not Phase.PENDING:
-                continue
+        """Give nodes their turn, as many as maxConcurrent and the present wave leave room for.
+
+        A wave is a number of nodes, not certain ones: a node that is not connected keeps its turn
+        for later and holds up nobody.
+        """
+        rows = list(self.rows.values())
+        in_flight = sum(row.phase in IN_FLIGHT for row in rows)
+        begun = sum(row.phase is not Phase.PENDING for row in rows)
+        most = max(1, resolve(self.task.spec.rollout.max_concurrent, len(rows), up=True))
+        room = min(most - in_flight, self._wave_end() - begun)
+        for row in rows:
             if room <= 0:
                 break
-            if row.node not in self.roster.agents:
+            if row.phase is not Phase.PENDING or row.node not in self.roster.agents:
                 continue
             self.rows[row.node] = row.to(Phase.DISPATCHED, attempt=row.attempt + 1)
             self.sends.append(row.node)
             self.heard[row.node] = self.now
             room -= 1
 
-    def _wave_end(self, total: int) -> int:
-        """How many nodes, in the order of their turns, may have begun now."""
-        phases = [row.phase for row in self.rows.values()]
-        finished = next((i for i, phase in enumerate(phases) if phase not in FINAL), total)
+    def _wave_end(self) -> int:
+        """How many nodes may have begun now: as many as the waves up to the present one hold."""
+        total = len(self.rows)
+        finished = sum(row.phase in FINAL for row in self.rows.values())
         end = done = 0
         for wave in [*self.task.spec.rollout.waves, total]:
             done, end = end, max(end, min(total, resolve(wave, total, up=True)))

@@ -10,7 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
-from outrider_operator.core.ports import ClusterError, NotFoundError, Object
+from outrider_operator.core.ports import (
+    ClusterError,
+    ClusterUnavailableError,
+    ConflictError,
+    NotFoundError,
+    Object,
+)
 from outrider_operator.core.slices import API_VERSION, TASK_LABEL
 from outrider_operator.core.times import seconds
 from outrider_operator.kube.client import METADATA_ONLY, KubeClient, path
@@ -54,10 +60,22 @@ class ClusterStore:
     async def write_status(self, task: Mapping[str, Any], status: Mapping[str, Any]) -> Object:
         """Replace the status of the task with this UID."""
         meta = task["metadata"]
-        gone = {key: None for key in task.get("status", {}) if key not in status}
-        body = {"metadata": {"uid": meta["uid"]}, "status": {**gone, **status}}
-        target = _task_path(meta["namespace"], meta["name"]) + "/status"
-        return await self._kube.merge_patch(target, body)
+        # A patch of the status passes over the UID it names; only a test of it is heeded.
+        operations = [
+            {"op": "test", "path": "/metadata/uid", "value": meta["uid"]},
+            {"op": "add", "path": "/status", "value": dict(status)},
+        ]
+        target = _task_path(meta["namespace"], meta["name"])
+        try:
+            return await self._kube.json_patch(target + "/status", operations)
+        except (ClusterUnavailableError, ConflictError, NotFoundError):
+            raise
+        except ClusterError:
+            # A failed test and a wrong status are refused with the same code.
+            found = await self._kube.request("GET", target)
+            if found["metadata"]["uid"] != meta["uid"]:
+                raise ConflictError(f"{target} is another task of the same name") from None
+            raise
 
     async def set_finalizer(self, task: Mapping[str, Any], present: bool) -> Object:
         """Add or take away our finalizer, at the version of `task`."""

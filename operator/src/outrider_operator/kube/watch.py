@@ -221,6 +221,8 @@ def _settings() -> kopf.OperatorSettings:
     settings.watching.reconnect_backoff = 1.0
     settings.networking.request_timeout = 60
     settings.networking.connect_timeout = 10
+    # The last is how late a watch may notice that the API server is back.
+    settings.networking.error_backoffs = (1, 1, 2, 2, 3, 3, 5, 5)
     # A worker's slot is held while it idles: with a limit, idling must be short.
     settings.queueing.worker_limit = 200
     settings.queueing.idle_timeout = 0.5
