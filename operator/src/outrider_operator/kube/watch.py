@@ -210,6 +210,8 @@ class Watches:
 
 
 def _settings() -> kopf.OperatorSettings:
+    # Else a line for each event that was handed over: several a minute and node, for ever.
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
     settings = kopf.OperatorSettings()
     settings.posting.level = logging.WARNING
     settings.peering.standalone = True
