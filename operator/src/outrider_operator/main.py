@@ -75,7 +75,10 @@ class Server:
             SettingsError: A setting cannot be used.
         """
         settings = self._settings
-        ca = readable(settings.fleet.ca_file, setting="fleet.caFile")
+        ca = b""
+        if settings.leader.enabled:
+            ca = readable(settings.fleet.ca_file, setting="fleet.caFile")
+            readable(settings.fleet.token_file, setting="fleet.tokenFile")
         self._health.set("api", False, "the API server was not asked yet")
         self._health.live("loop", self._loop_problem)
         self._health.live("watch", self._watch_problem)

@@ -6,6 +6,7 @@ objects. Bounds are kept by construction: at most 200 rows, and each row's texts
 allowance, so that no object nears etcd's 1.5 MiB whatever was printed. Writes nothing itself.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ MESSAGE_BYTES: Final = 1_024
 
 #: Objects are stored as Go writes JSON: these characters become six bytes.
 _SIX: Final = "<>&\u2028\u2029"
+_ESCAPED: Final = re.compile("[<>&\u2028\u2029\"\\\\\x00-\x1f]")
 _TWO: Final = '"\\\n\r\t'
 
 
@@ -40,7 +42,7 @@ def _stored_bytes(character: str) -> int:
 def clip(text: str, limit: int) -> str:
     """The beginning of a text that takes at most `limit` bytes in a stored object."""
     # The usual text needs no look at each character.
-    if 6 * len(text) <= limit:
+    if len(text.encode("utf-8", "replace")) + 5 * len(_ESCAPED.findall(text)) <= limit:
         return text
     used = 0
     for index, character in enumerate(text):

@@ -64,6 +64,8 @@ class Controller:
             cluster, self.registry, self._nodes, settings.agents, metrics, time.time
         )
         self._tasks: dict[str, TaskRunner] = {}
+        #: Those that have not ended: what comes and goes concerns them only.
+        self._open: dict[str, TaskRunner] = {}
         self._backoffs: dict[str, Backoff] = {}
         self._queue = WorkQueue(self._loop.time)
         self._configs = ConfigNotices(cluster, time.time)
@@ -134,14 +136,15 @@ class Controller:
             return
         runner = self._tasks.get(uid)
         if runner is None:
-            self._tasks[uid] = TaskRunner(body, self._world)
+            self._tasks[uid] = self._open[uid] = TaskRunner(body, self._world)
             self._queue.add(uid)
         elif runner.update(body):
             self._queue.add(uid, self._settings.batch_millis / 1000)
-        self._count_tasks()
+        self._note_end(uid)
 
     def _forget_task(self, uid: str) -> None:
         self._tasks.pop(uid, None)
+        self._open.pop(uid, None)
         self._backoffs.pop(uid, None)
         self._queue.discard(uid)
         self._count_tasks()
@@ -160,9 +163,14 @@ class Controller:
                 self._forget_task(uid)
 
     def _count_tasks(self) -> None:
-        ended = sum(runner.final for runner in self._tasks.values())
-        self._metrics.tasks.labels("ended").set(ended)
-        self._metrics.tasks.labels("active").set(len(self._tasks) - ended)
+        self._metrics.tasks.labels("ended").set(len(self._tasks) - len(self._open))
+        self._metrics.tasks.labels("active").set(len(self._open))
+
+    def _note_end(self, uid: str) -> None:
+        runner = self._open.get(uid)
+        if runner is not None and runner.final:
+            del self._open[uid]
+        self._count_tasks()
 
     def _see_node(self, body: Mapping[str, Any], gone: bool) -> None:
         meta = body["metadata"]
@@ -241,7 +249,7 @@ class Controller:
     def _agent_changed(self, node: str) -> None:
         # A stream that is replaced ends and begins again within moments: one write for both.
         self._agents.changed(node, 0.2)
-        for uid, runner in self._tasks.items():
+        for uid, runner in self._open.items():
             if runner.concerns(node):
                 self._queue.add(uid, self._settings.batch_millis / 1000)
 
@@ -267,7 +275,7 @@ class Controller:
             else:
                 self._orphans.add(told.node, states)
         if complete:
-            for uid, runner in self._tasks.items():
+            for uid, runner in self._open.items():
                 if uid not in by_task and runner.concerns(told.node):
                     runner.report(told.node, [], complete=True)
                     self._queue.add(uid, self._settings.batch_millis / 1000)
@@ -325,10 +333,10 @@ class Controller:
             self._log.exception("task not carried on: a defect of this program", uid=uid)
             self._retry(uid, error)
         self._metrics.reconciles.labels(result).inc()
-        self._count_tasks()
+        self._note_end(uid)
 
     def _active(self) -> int:
-        return sum(runner.started and not runner.final for runner in self._tasks.values())
+        return sum(runner.started for runner in self._open.values())
 
     async def _after_not_found(self, uid: str, runner: TaskRunner) -> None:
         """The task, or one of its reports, is gone: somebody deleted it."""

@@ -58,6 +58,7 @@ class Watches:
         self._seen: dict[str, int] = {}
         self._missing: dict[str, float] = {}
         self._log = get_logger("outrider.watch")
+        _quiet_kopf()
 
     def problem(self) -> str | None:
         """For the liveness probe: None when the watch loop runs."""
@@ -207,6 +208,13 @@ class Watches:
         if change.kind == "AgentTask":
             self._seen[change.body["metadata"]["uid"]] = _version(change.body)
         self._on_change(change)
+
+
+def _quiet_kopf() -> None:
+    """Have kopf tell of troubles only: it writes a line, with all its settings, per handler run."""
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    # It warns at each start that signals are not its business here.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
 
 
 def _settings() -> kopf.OperatorSettings:
