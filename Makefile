@@ -50,7 +50,7 @@ proto: setup ## generate the Python code from the .proto files
 # ---------------------------------------------------------------- checks and tests
 
 PYTEST = PYTHONPATH=tests $(BIN)/pytest
-CHECKED := proto/src runtime/src operator/src agent/src tests benchmarks
+CHECKED := proto/src runtime/src operator/src agent/src tests
 
 .PHONY: check
 check: setup ## everything fast: format, lint, types, layers, freshness, unit tests
