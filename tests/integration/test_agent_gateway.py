@@ -14,7 +14,8 @@ from outrider_proto import batches, records
 @pytest.fixture(autouse=True)
 async def started() -> AsyncIterator[list[AgentProcess]]:
     """The agents of a test; those it leaves are killed."""
-    yield (made := [])
+    made: list[AgentProcess] = []
+    yield made
     for agent in made:
         if agent.process.returncode is None:
             await agent.kill()

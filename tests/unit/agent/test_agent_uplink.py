@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,16 +266,37 @@ async def test_private_and_public_addresses_are_tried_after_discovery(
         await bench.until(lambda: bench.connected[-1][0])
 
 
-async def test_a_drain_leads_to_the_other_server(tmp_path: Path, authority: Authority) -> None:
+async def test_the_private_address_is_that_of_the_region(
+    tmp_path: Path, authority: Authority
+) -> None:
+    async with (
+        serving(authority) as server,
+        uplink_to(
+            "",
+            tmp_path,
+            authority,
+            region="eu",
+            private={"us": "127.0.0.1:1", "eu": server.address},
+            public={"eu": "127.0.0.1:1"},
+        ),
+    ):
+        stream = await server.gateway.stream()
+        assert stream.hello.hello.net_mode == "private"
+
+
+async def test_each_drain_leads_to_the_other_server(tmp_path: Path, authority: Authority) -> None:
+    """Addresses are shuffled: one drain alone would lead there by chance."""
     async with serving(authority) as one, serving(authority) as two:
         target = f"{one.address},{two.address}"
         async with uplink_to(target, tmp_path, authority) as bench:
             await bench.until(lambda: bench.connected[-1][0])
             here, there = (one, two) if one.gateway.streams else (two, one)
-            stream = here.gateway.streams[0]
-            stream.send(pb.Command(drain=pb.Drain(reason="leaving", spread_millis=50)))
-            await there.gateway.stream()
-            await here.gateway.until(lambda: stream.half_closed)
+            for _ in range(8):
+                stream, count = here.gateway.streams[-1], len(there.gateway.streams)
+                stream.send(pb.Command(drain=pb.Drain(reason="leaving", spread_millis=50)))
+                await there.gateway.stream(count)
+                await here.gateway.until(partial(getattr, stream, "half_closed"))
+                here, there = there, here
 
 
 async def test_a_token_about_to_expire_renews_the_stream(
