@@ -28,6 +28,9 @@ from outrider_operator.settings import FleetSettings
 HELLO_SECONDS: Final = 10.0
 #: A gateway that takes no message for so long is left, seconds.
 WRITE_SECONDS: Final = 20.0
+#: An address that leads to a gateway which is linked by another one is left alone so long, and as
+#: long as that link holds: a gateway keeps one link only, and they would take turns, seconds.
+ALIAS_SECONDS: Final = 10.0
 #: Most bytes of commands that wait for one gateway.
 PENDING_BYTES: Final = 64 * 1024 * 1024
 #: One message to a gateway holds commands up to about this size, bytes.
@@ -93,6 +96,9 @@ class Links:
         self._wanted: set[str] = set()
         self._kept: set[str] = set()
         self._links: dict[str, _Link] = {}
+        #: Addresses of gateways that are linked by another address, and until when that is taken
+        #: for granted, by the loop's clock.
+        self._aliases: dict[str, tuple[str, float]] = {}
         self._log = get_logger("outrider.links", term=term)
 
     async def _resolve(self, target: str) -> list[Address]:
@@ -135,6 +141,9 @@ class Links:
         backoff = Backoff(0.2, self._settings.resolve_seconds)
         try:
             while address in self._wanted:
+                if self._is_alias(address):
+                    await asyncio.sleep(self._settings.resolve_seconds)
+                    continue
                 try:
                     await self._link(address, backoff)
                 except LinkError as error:
@@ -143,6 +152,11 @@ class Links:
                 await asyncio.sleep(backoff.next())
         finally:
             self._kept.discard(address)
+            self._aliases.pop(address, None)
+
+    def _is_alias(self, address: str) -> bool:
+        other, until = self._aliases.get(address, ("", 0.0))
+        return other in self._links or asyncio.get_running_loop().time() < until
 
     async def _link(self, address: str, backoff: Backoff) -> None:
         try:
@@ -177,9 +191,11 @@ class Links:
         if not isinstance(first, LinkResponse) or not first.HasField("hello"):
             await self._fail(call, "the gateway ended the link at once")
         replica = first.hello.replica
-        others = {link.replica for other, link in self._links.items() if other != address}
-        if replica in others:
-            raise LinkError(f"{replica} is linked by another address already")
+        for other, known in self._links.items():
+            if known.replica == replica:
+                until = asyncio.get_running_loop().time() + ALIAS_SECONDS
+                self._aliases[address] = (other, until)
+                raise LinkError(f"{replica} is linked by {other} already")
         link = self._links[address] = _Link(replica)
         self._metrics.leader_links.set(len(self._links))
         self._log.info("linked", gateway=address, replica=replica, agents=len(first.joined))
