@@ -125,7 +125,7 @@ def test_upgrade_with_a_new_certificate_disturbs_nothing(chart_values: dict[str,
     assert (status["phase"], status["counts"]["succeeded"]) == ("Succeeded", 3)
     _assert_ran_once(file)
     assert {pod["metadata"]["uid"] for pod in _pods("server") + _pods("agent")} == before
-    # kubelet takes up to some 90 s to renew the mounted file; no restart in between.
+    # kubelet takes some 20 s to renew the mounted file; no restart in between.
     for pod in _pods("server"):
         port = _forward(pod)
 
