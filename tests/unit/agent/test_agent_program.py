@@ -283,3 +283,15 @@ def test_names_with_brackets_and_spaces_do_not_confuse(tmp_path: Path) -> None:
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_only_orphans_are_reaped() -> None:
+    """The leader of a run is waited for by its run, and one that is being started by its start."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    while pid not in processes.ended_children():
+        time.sleep(0.01)
+    ended = list(processes.ended_children())
+    assert Children(known={pid}).reap([pid]) == 0
+    assert Children(starting=1).reap(ended) == 0
+    assert Children().reap([pid]) == 1
+    assert Children().reap([pid]) == 0

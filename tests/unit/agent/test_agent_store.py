@@ -168,11 +168,14 @@ async def test_a_full_outbox_gives_up_the_oldest_of_the_least_class(tmp_path: Pa
     assert value(registry, name, **{"class": "log", "reason": "outbox_full"}) == 3
 
 
-async def test_a_failing_operation_takes_no_other_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("statement", ["SELECT 1", "INSERT INTO meta VALUES ('epoch', 1)"])
+async def test_a_failing_operation_takes_no_other_with_it(tmp_path: Path, statement: str) -> None:
+    """Whether it fails by itself, or its second statement does."""
     async with store_in(tmp_path) as store:
 
         def fail(db: sqlite3.Connection) -> None:
             db.execute("INSERT INTO meta VALUES ('half', 1)")
+            db.execute(statement)
             raise RuntimeError("mine")
 
         good, bad, also = await asyncio.gather(
@@ -182,7 +185,7 @@ async def test_a_failing_operation_takes_no_other_with_it(tmp_path: Path) -> Non
             return_exceptions=True,
         )
         assert (good, also) == (None, None)
-        assert isinstance(bad, RuntimeError)
+        assert isinstance(bad, RuntimeError if statement == "SELECT 1" else StorageError)
         half = await store._do(
             lambda db: db.execute("SELECT count(*) FROM meta WHERE name = 'half'").fetchone()[0]
         )
