@@ -22,7 +22,8 @@ AGENT_HEARTBEAT: Final = 1000
 PLUGIN_HEARTBEAT: Final = 1001
 #: A line of the agent's own log.
 AGENT_LOG: Final = 1010
-#: Output of a task's run; fields task_uid, attempt, offset, output (base64).
+#: Output of a run; fields task_uid, namespace, task, attempt, offset, output, and encoding:
+#: "utf-8", or "base64" where the bytes are no text.
 TASK_OUTPUT: Final = 5100
 #: Metrics of the host: CPU, memory, disks, network.
 HOST_METRICS: Final = 20000
