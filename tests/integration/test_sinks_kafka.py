@@ -18,6 +18,7 @@ from fakes.sink_suite import SinkCase, SinkSuite, batch, names, origin
 from outrider_operator.core.sink import SinkRejectedError, SinkUnavailableError
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import KafkaSinkSettings
+from outrider_operator.sinks import kafka as kafka_module
 from outrider_operator.sinks.kafka import KafkaSink
 from outrider_runtime.health import Health
 from outrider_runtime.settings import SettingsError
@@ -148,6 +149,26 @@ async def test_stops_in_time_while_the_broker_is_away(kafka_topic: str) -> None:
             await storing
 
 
+async def test_stops_in_time_while_the_broker_is_frozen(
+    kafka: KafkaBroker, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_module, "FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_module, "CLOSE_SECONDS", 0.5)
+    timeout = 30.0  # of a broker: the end must not wait for that
+    async with running_sink(kafka.bootstrap, kafka_topic, request_timeout_seconds=timeout) as case:
+        await eventually(lambda: case.health.ready)
+        kafka.freeze()
+        try:
+            storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
+            await eventually(lambda: bool(case.sink._pending))  # type: ignore[attr-defined]
+            case.stop.set()
+            await asyncio.wait_for(case.task, 10)
+            with pytest.raises(SinkUnavailableError):
+                await storing
+        finally:
+            kafka.thaw()
+
+
 async def test_stuck_producer_is_made_anew(
     sink_case: SinkCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,10 +192,11 @@ async def test_what_a_given_up_producer_held_comes_back_at_once(
     kafka: KafkaBroker, sink_case: SinkCase
 ) -> None:
     sink: Any = sink_case.sink
+    held = sink._producer._producer._message_accumulator
     kafka.freeze()
     try:
         storing = asyncio.create_task(sink.store(origin(), batch(1)))
-        await eventually(lambda: bool(sink._producer._producer._message_accumulator._batches))
+        await eventually(lambda: bool(held._batches or held._pending_batches))
         sink._producer.give_up("Stalled")
         with pytest.raises(SinkUnavailableError):
             await asyncio.wait_for(storing, 4)

@@ -9,6 +9,7 @@ broker answers, batches wait with their streams, within the bound; nothing is th
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
@@ -42,6 +43,9 @@ LINGER_MILLIS: Final = 5
 PROBE_SECONDS: Final = 3.0
 #: aiokafka waits so long between its own tries, milliseconds.
 RETRY_MILLIS: Final = 250
+#: What is on its way at the end gets so long to be stored, and connections to be closed, seconds.
+FLUSH_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 5.0
 TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError)
 
 log = get_logger(__name__)
@@ -52,6 +56,7 @@ class _Producer:
 
     def __init__(self, settings: KafkaSinkSettings) -> None:
         self._timeout = settings.request_timeout_seconds
+        self._topic = settings.topic
         self._producer = AIOKafkaProducer(
             bootstrap_servers=list(settings.bootstrap_servers),
             client_id=settings.client_id,
@@ -70,6 +75,8 @@ class _Producer:
     async def open(self) -> None:
         async with asyncio.timeout(2 * self._timeout):
             await self._producer.start()
+            # Known now, the first batches need not wait for it, and the sink is really ready.
+            await self._producer.partitions_for(self._topic)
 
     def give_up(self, reason: str) -> None:
         """Have this producer replaced."""
@@ -77,8 +84,8 @@ class _Producer:
             self.reason = reason
             self.broken.set()
 
-    async def send(self, topic: str, **message: Any) -> None:
-        await self._producer.send_and_wait(topic, **message)
+    async def send(self, **message: Any) -> None:
+        await self._producer.send_and_wait(self._topic, **message)
 
     async def answers(self) -> bool:
         """Whether a broker answers at all."""
@@ -95,7 +102,7 @@ class _Producer:
             accumulator = self._producer._message_accumulator  # noqa: SLF001
             accumulator.fail_all(KafkaError("the producer is made anew"))
         try:
-            async with asyncio.timeout(2 * self._timeout):
+            async with asyncio.timeout(CLOSE_SECONDS):
                 await self._producer.stop()
         except (KafkaError, TimeoutError, OSError) as error:
             log.warning("producer not closed in order", error=str(error) or "timeout")
@@ -167,7 +174,7 @@ class KafkaSink:
             while not stop.is_set():
                 producer = await self._open()
                 if producer is None:
-                    await _either(stop, seconds=backoff.next())
+                    await _first(stop.wait(), seconds=backoff.next())
                     continue
                 backoff.reset()
                 await self._use(producer, stop)
@@ -183,7 +190,6 @@ class KafkaSink:
             raise SinkUnavailableError(self._state.reason)
         try:
             await producer.send(
-                self._settings.topic,
                 key=origin.agent_id.encode(),
                 value=batch.records,
                 headers=headers(origin.agent_id, origin.node, batch, origin.received_unix_nanos),
@@ -225,27 +231,29 @@ class KafkaSink:
         self._opened.set()
         try:
             while not stop.is_set() and not producer.broken.is_set():
-                await _either(stop, producer.broken, seconds=PROBE_SECONDS)
-                await self._watch(producer)
+                await _first(stop.wait(), producer.broken.wait(), seconds=PROBE_SECONDS)
+                await self._watch(producer, stop)
             if stop.is_set():
                 await self._flush()
         finally:
             self._opened.clear()
             self._producer = None
-            if stop.is_set() and self._pending:
+            if stop.is_set() and (self._pending or not self._state.ok):
                 producer.give_up("Stopped")
             elif producer.broken.is_set():
                 self._metrics.sink_restarts.labels(_label(producer.reason)).inc()
                 self._state.unwell(f"producer is made anew after {producer.reason}")
             await producer.close()
 
-    async def _watch(self, producer: _Producer) -> None:
-        """See that brokers answer and that what waits moves on."""
+    async def _watch(self, producer: _Producer, stop: asyncio.Event) -> None:
+        """See that brokers answer and that what waits moves on; ends early on `stop`."""
         timeout = self._settings.request_timeout_seconds
-        answers = await producer.answers()
-        silent = time.monotonic() - self._moved_at if self._pending else 0.0
-        if producer.broken.is_set():
+        probe = asyncio.ensure_future(producer.answers())
+        await _first(probe, stop.wait(), producer.broken.wait(), seconds=2 * timeout)
+        if stop.is_set() or producer.broken.is_set() or not probe.done():
             return
+        answers = probe.result()
+        silent = time.monotonic() - self._moved_at if self._pending else 0.0
         if not answers:
             self._state.unwell(self._why(None))
         elif silent > 2 * timeout:
@@ -255,9 +263,9 @@ class KafkaSink:
             self._state.well()
 
     async def _flush(self) -> None:
-        """Wait until what was handed over is stored, as long as a broker may take for it."""
+        """Wait until what was handed over is stored, for a while."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.request_timeout_seconds):
+            async with asyncio.timeout(FLUSH_SECONDS):
                 await self._idle.wait()
 
     def _why(self, error: BaseException | None) -> str:
@@ -279,9 +287,9 @@ def _label(reason: str) -> str:
     return reason if reason in known else "KafkaError"
 
 
-async def _either(*events: asyncio.Event, seconds: float) -> None:
-    """Wait until one of the events is set, at most so long."""
-    tasks = [asyncio.ensure_future(event.wait()) for event in events]
+async def _first(*waits: Awaitable[object], seconds: float) -> None:
+    """Wait until one of these is done, at most so long; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
