@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +33,9 @@ from outrider_runtime.settings import SettingsError
 from prometheus_client import CollectorRegistry
 
 NAMESPACE = "default"
+# aiohttp leaves the socket of a TLS handshake that was reset to the garbage collector, in whatever
+# test that runs then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 FAST = LeaderSettings(
     lease_name="test", lease_duration_seconds=4, renew_deadline_seconds=3, retry_period_seconds=1
 )
@@ -309,8 +311,6 @@ async def test_watches_show_what_is_there_what_comes_and_what_goes(plane, kube, 
     assert seen.watches.problem() is None
 
 
-# aiohttp leaves the socket of a TLS handshake that was reset to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_watches_outlive_the_api_server(plane, kube, seen) -> None:
     before = await make_task(kube)
     await until(lambda: seen.has("AgentTask", before["metadata"]["name"]))
@@ -318,8 +318,6 @@ async def test_watches_outlive_the_api_server(plane, kube, seen) -> None:
     after = await make_task(kube)
     await until(lambda: seen.has("AgentTask", after["metadata"]["name"]), 60)
     assert not seen.task.done()
-    await seen.stop()
-    gc.collect()  # here, where their warnings are passed over, and not in the next test
 
 
 async def test_blind_watches_are_begun_anew(kube, seen, monkeypatch) -> None:

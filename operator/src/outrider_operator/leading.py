@@ -18,7 +18,7 @@ from outrider_runtime.logs import get_logger
 from outrider_operator.core.ports import Cluster, ClusterError
 from outrider_operator.fleet.controller import RESYNC_SECONDS, Controller
 from outrider_operator.fleet.links import Links
-from outrider_operator.kube.client import KubeClient
+from outrider_operator.kube.client import FencedClient, KubeClient
 from outrider_operator.kube.lease import Candidate
 from outrider_operator.kube.objects import ClusterStore
 from outrider_operator.kube.tokens import reviewer
@@ -63,9 +63,6 @@ class Leadership:
         check_target(settings.fleet.gateways, setting="fleet.gateways")
         self._kube, self._config, self._settings = kube, config, settings
         self._metrics, self._health, self._replica, self._ca = metrics, health, replica, ca
-        self._cluster: Cluster = ClusterStore(
-            kube, replica, lambda result: metrics.events_posted.labels(result).inc()
-        )
         self._watches: Watches | None = None
         self.review = reviewer(kube)
 
@@ -81,7 +78,9 @@ class Leadership:
                 # A replica that was restarted is not the one that held the Lease before.
                 identity = f"{self._replica}_{secrets.token_hex(4)}"
                 candidate = Candidate(self._kube, self._settings.leader, namespace, identity)
-                group.create_task(candidate.campaign(self._lead), name="election")
+                group.create_task(
+                    candidate.campaign(lambda term: self._lead(term, candidate)), name="election"
+                )
 
     async def _probe(self) -> None:
         while True:
@@ -92,11 +91,15 @@ class Leadership:
                 self._health.set("api", False, str(error))
             await asyncio.sleep(PROBE_SECONDS)
 
-    async def _lead(self, term: int) -> None:
+    async def _lead(self, term: int, candidate: Candidate) -> None:
+        fenced = FencedClient(self._kube, lambda: candidate.leads)
+        cluster: Cluster = ClusterStore(
+            fenced, self._replica, lambda result: self._metrics.events_posted.labels(result).inc()
+        )
         self._metrics.leads.set(1)
         self._metrics.leader_terms.inc()
         try:
-            controller = Controller(self._cluster, self._settings, self._metrics)
+            controller = Controller(cluster, self._settings, self._metrics)
             await _until_done(controller.load, "the cluster cannot be read")
             links = Links(
                 self._settings.fleet, self._replica, term, self._ca, controller, self._metrics

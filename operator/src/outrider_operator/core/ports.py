@@ -44,6 +44,16 @@ class Change:
     body: Mapping[str, Any]
 
 
+def version_of(body: Mapping[str, Any]) -> int:
+    """The version of an object, for telling the older of two; 0 where it has none.
+
+    The API server's versions are numbers that grow: clients may compare them since Kubernetes
+    1.35, and with etcd it was so before.
+    """
+    text = body["metadata"].get("resourceVersion") or "0"
+    return int(text) if text.isdigit() else 0
+
+
 class TaskStore(Protocol):
     """AgentTasks and their reports."""
 

@@ -27,7 +27,7 @@ MESSAGE_BYTES: Final = 1_024
 
 #: Objects are stored as Go writes JSON: these characters become six bytes.
 _SIX: Final = "<>&\u2028\u2029"
-_ESCAPED: Final = re.compile("[<>&\u2028\u2029\"\\\\\x00-\x1f]")
+_ESCAPED: Final = re.compile('[<>&\u2028\u2029"\\\\\x00-\x1f]')
 _TWO: Final = '"\\\n\r\t'
 
 

@@ -11,7 +11,13 @@ from typing import Any, Final
 
 from outrider_runtime.logs import get_logger
 
-from outrider_operator.core.ports import AgentStore, ClusterError, ConflictError, NotFoundError
+from outrider_operator.core.ports import (
+    AgentStore,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    version_of,
+)
 from outrider_operator.core.registry import Registry, agent_status
 from outrider_operator.fleet.queue import WorkQueue
 from outrider_operator.metrics import ServerMetrics
@@ -64,14 +70,21 @@ class AgentKeeper:
             if self._known.pop(name, None) is not None and name in self._registry.sessions:
                 self._queue.add(name)
             return
-        if name not in self._known:
+        known = self._known.get(name)
+        if known is None:
             self._registry.remember(name, body.get("status") or {})
             self._queue.add(name, SETTLE_SECONDS)
+        elif version_of(body) < version_of(known):
+            return
+        elif body.get("status") != known.get("status"):
+            self._queue.add(name, 1.0)  # somebody else wrote it: put it right
         self._known[name] = body
 
     def changed(self, node: str, delay: float = 0.0) -> None:
         """An agent came or went."""
         self._queue.add(node, delay)
+        self._metrics.agents.labels("connected").set(len(self._registry.sessions))
+        self._metrics.agents.labels("absent").set(len(self._registry.departures))
 
     async def run(self) -> None:
         """Write what changed, for ever."""
@@ -134,9 +147,6 @@ class AgentKeeper:
         for name in nodeless:
             if self._due_for_removal(name):
                 self._queue.add(name)
-        known = len(self._registry.sessions)
-        self._metrics.agents.labels("connected").set(known)
-        self._metrics.agents.labels("absent").set(len(self._registry.departures))
 
     def _due_for_removal(self, node: str) -> bool:
         since = self._nodeless.get(node)

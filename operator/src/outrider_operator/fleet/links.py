@@ -147,6 +147,10 @@ class Links:
                 try:
                     await self._link(address, backoff)
                 except LinkError as error:
+                    # A TaskGroup forgets that it was cancelled when one of its tasks fails in the
+                    # same moment (until Python 3.13).
+                    if _cancelled():
+                        raise asyncio.CancelledError from error
                     if backoff.failures == 0:
                         self._log.warning("link ended", gateway=address, error=str(error))
                 await asyncio.sleep(backoff.next())
@@ -248,3 +252,8 @@ class Links:
                     text = f"the gateway took no message within {WRITE_SECONDS:g} s"
                     raise LinkError(text) from None
                 self._metrics.leader_commands.labels("sent").inc(len(message.commands))
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

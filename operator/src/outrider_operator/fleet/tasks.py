@@ -22,7 +22,7 @@ from outrider_operator.core.model import (
     parse_spec,
     unsupported,
 )
-from outrider_operator.core.ports import Cluster, NotFoundError, Object
+from outrider_operator.core.ports import Cluster, NotFoundError, Object, version_of
 from outrider_operator.core.registry import Registry
 from outrider_operator.core.status import Verdict, status, verdict
 from outrider_operator.core.times import seconds_of
@@ -123,7 +123,7 @@ class TaskRunner:
 
     def update(self, body: Mapping[str, Any]) -> bool:
         """Take a newer state of the object; False for an older one."""
-        if _version(body) < _version(self.body):
+        if version_of(body) < version_of(self.body):
             return False
         self.body = dict(body)
         return True
@@ -176,7 +176,8 @@ class TaskRunner:
             await self._finish(task, Verdict(TaskPhase.FAILED, "NotSupported", reason))
             return False
         registry, nodes = self._world.registry, self._world.nodes
-        agents = registry.sessions.keys() | registry.departures.keys()
+        # An Agent outlives its Node for a while: such a one is no node to wait for.
+        agents = registry.sessions.keys() | (registry.departures.keys() & nodes.keys())
         names = targeting.targets(task.spec.target, task.uid, nodes, agents)
         if not names:
             text = "spec.target selects no node: check its labels and that agents are running"
@@ -347,9 +348,3 @@ class TaskRunner:
         found = self.body.get("status") or {}
         texts = [c.get("message", "") for c in found.get("conditions", [])]
         return found.get("reason", ""), texts[0] if texts else ""
-
-
-def _version(body: Mapping[str, Any]) -> int:
-    # Resource versions are comparable numbers since Kubernetes 1.35, and always were with etcd.
-    text = body["metadata"].get("resourceVersion", "0")
-    return int(text) if text.isdigit() else 0

@@ -167,6 +167,41 @@ class KubeClient:
         return await self.request("PATCH", target, list(operations), content_type=JSON_PATCH)
 
 
+class FencedClient(KubeClient):
+    """The connection of a leader: it writes nothing once the leader's time is over.
+
+    Versions fence most writes at the API server already; this fences all of them, also where a
+    process slept through the end of its Lease and goes on in the middle of a step.
+
+    Args:
+        inner: the connection; its owner closes it.
+        leads: whether this replica leads right now.
+    """
+
+    def __init__(self, inner: KubeClient, leads: Callable[[], bool]) -> None:
+        self._inner = inner
+        self._leads = leads
+
+    async def close(self) -> None:
+        """Leave the connection to its owner."""
+
+    async def request(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        *,
+        content_type: str = JSON,
+        accept: str = JSON,
+    ) -> Object:
+        """As of `KubeClient`; a write raises ClusterUnavailableError when it may not be done."""
+        if method != "GET" and not self._leads():
+            raise ClusterUnavailableError("not written: this replica leads no longer")
+        return await self._inner.request(
+            method, target, body, content_type=content_type, accept=accept
+        )
+
+
 _RESULTS: Final = {
     ClusterUnavailableError: "unavailable",
     ConflictError: "conflict",

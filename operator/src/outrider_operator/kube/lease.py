@@ -155,6 +155,11 @@ class Candidate:
                     await lead(term)
             except* LeaseLostError:
                 self._log.warning("lease lost, no longer leading", term=term)
+            # A TaskGroup forgets that it was cancelled when one of its tasks fails in the same
+            # moment (until Python 3.13).
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
 
     async def _acquire(self) -> None:
         complained = False

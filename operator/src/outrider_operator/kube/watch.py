@@ -19,7 +19,7 @@ from kubernetes.aio.client import Configuration
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
-from outrider_operator.core.ports import Change
+from outrider_operator.core.ports import Change, version_of
 from outrider_operator.metrics import ServerMetrics
 
 #: A watch loop that did not run for so long hangs, seconds.
@@ -111,7 +111,7 @@ class Watches:
         missing = {
             body["metadata"]["uid"]
             for body in bodies
-            if self._seen.get(body["metadata"]["uid"], -1) < _version(body)
+            if self._seen.get(body["metadata"]["uid"], -1) < version_of(body)
         }
         self._missing = {uid: self._missing.get(uid, now) for uid in missing}
         uids = {body["metadata"]["uid"] for body in bodies}
@@ -206,7 +206,7 @@ class Watches:
         self._metrics.watch_events.labels(change.kind).inc()
         self._metrics.watch_last.set_to_current_time()
         if change.kind == "AgentTask":
-            self._seen[change.body["metadata"]["uid"]] = _version(change.body)
+            self._seen[change.body["metadata"]["uid"]] = version_of(change.body)
         self._on_change(change)
 
 
@@ -239,8 +239,3 @@ def _settings() -> kopf.OperatorSettings:
     # It would kill the whole server.
     settings.process.ultimate_exiting_timeout = None
     return settings
-
-
-def _version(body: Mapping[str, Any]) -> int:
-    text = body["metadata"].get("resourceVersion") or "0"
-    return int(text) if text.isdigit() else 0
