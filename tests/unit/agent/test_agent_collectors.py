@@ -6,8 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from fakes.agent_parts import ListSink, value
-from outrider_agent.collectors import hostinfo
+from outrider_agent.collectors import hostinfo, schedule
 from outrider_agent.collectors.heartbeat import AgentStatus, Heartbeat
 from outrider_agent.collectors.host import HostMetrics, _network_devices
 from outrider_agent.collectors.hostinfo import HostPaths
@@ -142,7 +143,8 @@ async def test_a_collector_starts_at_once_repeats_and_survives_failures() -> Non
     assert value(registry, name, collector="host") == 1
 
 
-async def test_a_collector_that_hangs_holds_nothing_up() -> None:
+async def test_a_collector_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "SLOW_SECONDS", 0.02)
     release = threading.Event()
     calls = 0
 
@@ -152,12 +154,14 @@ async def test_a_collector_that_hangs_holds_nothing_up() -> None:
         release.wait(30)
         return {}
 
-    metrics = AgentMetrics(CollectorRegistry())
+    metrics = AgentMetrics(registry := CollectorRegistry())
     running = asyncio.create_task(collect_forever("host", 1, 0.01, hang, ListSink(), metrics))
     began = time.monotonic()
     await asyncio.sleep(0.2)
     assert time.monotonic() - began < 5
     assert calls == 1, "it overlaps itself"
+    name = "outrider_agent_collection_failures_total"
+    assert value(registry, name, collector="host") == 0, "it is tried anew meanwhile"
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert time.monotonic() - began < 5

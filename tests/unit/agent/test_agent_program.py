@@ -179,6 +179,12 @@ async def test_a_child_that_hides_its_mark_is_ended_with_its_ancestors(bench: Be
     assert found is None or found.zombie
 
 
+async def test_an_orphan_that_hides_its_mark_is_ended_with_its_group(bench: Bench) -> None:
+    assert await bench.shell("(env -i sleep 3600 & echo $!)") == Ending(exit_code=0)
+    found = processes.inspect(int(bench.output.preview))
+    assert found is None or found.zombie
+
+
 async def test_many_forks_are_all_ended(bench: Bench) -> None:
     script = "for i in 1 2 3 4 5 6 7 8 9 10; do (sh -c 'sleep 60 & sleep 60' &); done; sleep 60"
     ending = await bench.shell(script, timeout=0.7)

@@ -269,7 +269,7 @@ async def test_no_more_than_allowed_run_at_once(tmp_path: Path) -> None:
 async def test_too_many_are_rejected_and_the_place_is_given_back(tmp_path: Path) -> None:
     limits = RunLimits(allowed=RUN_KINDS, max_concurrent=1, max_queued=1)
     async with bench_in(tmp_path, limits) as bench:
-        await bench.submit(*(run_of(f"r{n}", "sleep 0.2") for n in range(3)))
+        await bench.submit(*(run_of(f"r{n}", "sleep 0.2") for n in range(6)))
         rejected = await bench.final("r2")
         assert (rejected.phase, rejected.reason) == (pb.RUN_PHASE_REJECTED, "TooManyRuns")
         await bench.final("r0")
@@ -280,7 +280,7 @@ async def test_too_many_are_rejected_and_the_place_is_given_back(tmp_path: Path)
         # A rejected attempt is not run later either.
         await bench.submit(run_of("r2", f"touch {tmp_path}/ran"))
         await bench.until(lambda: len(bench.phases("r2")) == 2)
-        assert not (tmp_path / "ran").exists()
+        assert bench.phases("r2") == ["REJECTED", "REJECTED"]
 
 
 async def test_a_queued_run_can_be_cancelled_and_can_expire(tmp_path: Path) -> None:
@@ -339,7 +339,9 @@ async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> N
     mark = f"{tmp_path.name}-{time.time_ns()}"
     env = {"OUTRIDER_RUN": f"{mark}/1", "PATH": "/usr/bin:/bin"}
     leader = subprocess.Popen(
-        ["sh", "-c", "setsid sleep 60 & sleep 60"], env=env, start_new_session=True
+        ["sh", "-c", "env -i sleep 60 & setsid sleep 60 & sleep 60"],
+        env=env,
+        start_new_session=True,
     )
     bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
@@ -362,11 +364,13 @@ async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> N
                 assert (state.phase, state.reason) == (pb.RUN_PHASE_INTERRUPTED, "AgentRestarted")
             assert bench.phases("ended") == []
             assert processes.members(f"{mark}/1", None, below=None) == []
+            in_group = [p for p in processes.scan() if p.group == leader.pid and not p.zombie]
+            assert in_group == []
             assert bystander.poll() is None
             assert not (tmp_path / "work/run-left").exists()
             await bench.submit(run_of(mark, f"touch {tmp_path}/ran"))
             await bench.until(lambda: len(bench.phases(mark)) == 2)
-            assert not (tmp_path / "ran").exists()
+            assert bench.phases(mark) == ["INTERRUPTED", "INTERRUPTED"]
     finally:
         for child in (leader, bystander):
             child.kill()
@@ -417,7 +421,7 @@ async def test_a_full_journal_rejects_for_good(
         await bench.supervisor.acknowledge([RunKey("a", 1)])
         await bench.submit(run_of("b", f"touch {tmp_path}/ran"))
         await bench.until(lambda: len(bench.phases("b")) == 2)
-        assert not (tmp_path / "ran").exists()
+        assert bench.phases("b") == ["REJECTED", "REJECTED"]
     assert JournalFullError.__mro__[1] is StorageError
 
 

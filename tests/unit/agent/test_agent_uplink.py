@@ -364,3 +364,21 @@ async def test_no_dns_answer_is_a_reason_not_to_be_ready(
     async with uplink_to("dns:x:1", tmp_path, authority) as bench:
         await bench.until(lambda: "no such name" in bench.connected[-1][1])
         assert value(bench.registry, "outrider_agent_discovery_failures_total") >= 1
+
+
+async def test_each_problem_is_logged_once_until_connected(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    class Log:
+        def warning(self, _event: str, *, reason: str, failures: int) -> None:
+            lines.append(reason)
+
+        def debug(self, *_: object, **__: object) -> None:
+            pass
+
+    monkeypatch.setattr(module, "log", Log())
+    async with uplink_to("127.0.0.1:1,127.0.0.1:2", tmp_path, authority) as bench:
+        await bench.until(lambda: len(bench.connected) > 20)
+    assert len(lines) == len(set(lines)) == 2

@@ -35,6 +35,9 @@ STEADY_SECONDS = 10.0
 #: After a stream that ended as planned we connect at once, unless it was as short as this, seconds.
 QUICK_SECONDS = 1.0
 
+#: Most different problems that are logged between two connections.
+MAX_TOLD = 64
+
 _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED: "the server does not accept our token",
     grpc.StatusCode.PERMISSION_DENIED: "the server does not let our token speak for this node",
@@ -80,7 +83,7 @@ class Uplink:
         self._token = TokenFile(settings.token_file)
         self._backoff = Backoff(settings.backoff_base_seconds, settings.backoff_cap_seconds)
         self._stream: Stream | None = None
-        self._problem = ""
+        self._told: set[str] = set()
         self._welcomed_at = 0.0
         self._avoid = ""
         #: How the server in use was found: "sd", "private" or "public"; empty before the first.
@@ -216,7 +219,7 @@ class Uplink:
 
     def _welcome(self, route: Route, welcomed: Welcomed) -> None:
         self._welcomed_at = time.monotonic()
-        self._problem = ""
+        self._told.clear()
         self.net_mode = route.mode.value
         self._metrics.connects.labels(route.mode.value, "ok").inc()
         self._metrics.connected.set(1)
@@ -242,11 +245,12 @@ class Uplink:
         """Not connected, and why: logged when it is news."""
         self._metrics.connected.set(0)
         self._set_connected(False, problem)
-        if problem != self._problem:
+        # Several addresses fail in turn: each problem is news once, until we were connected.
+        if problem not in self._told and len(self._told) < MAX_TOLD:
+            self._told.add(problem)
             log.warning("not connected", reason=problem, failures=self._backoff.failures)
         else:
             log.debug("still not connected", reason=problem, failures=self._backoff.failures)
-        self._problem = problem
 
 
 def _explain(route: Route, error: grpc.aio.AioRpcError) -> str:
