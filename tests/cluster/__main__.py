@@ -85,7 +85,6 @@ def _image(arguments: argparse.Namespace) -> None:
     from cluster import images
 
     if arguments.action == "build":
-        cgroups.track("build")
         tags = images.build()
     else:
         tags = imagestore.current()

@@ -69,8 +69,8 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
   path = "{IMAGES}/containerd/opt"
 """)
     script = _WITH_CONTAINERD.format(images=IMAGES, dropped=" ".join(dropped))
-    namespaces = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc")
-    run(*namespaces, "bash", "-c", script, "import", *archives, timeout=IMPORT_TIMEOUT)
+    alone = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+    run(*alone, "bash", "-c", script, "import", *archives, timeout=IMPORT_TIMEOUT)
 
 
 def prune() -> None:

@@ -112,7 +112,7 @@ def _kubelet_settings() -> str:
             "volumePluginDir": "/var/lib/kubelet/volumeplugins",
             "nodeStatusUpdateFrequency": f"{NODE_STATUS_UPDATE}s",
             "nodeLeaseDurationSeconds": NODE_LEASE,
-            # How late a Pod sees that a Secret or ConfigMap it has mounted was changed; usually 60 s.
+            # How late a Pod sees that a Secret it has mounted was changed; usually 60 s.
             "syncFrequency": "10s",
             # All nodes share one disk and one memory: never evict or drop images because of it.
             "imageGCHighThresholdPercent": 100,
