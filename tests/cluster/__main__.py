@@ -11,7 +11,17 @@ import os
 import sys
 import time
 
-from cluster import addons, cgroups, faults, imagestore, lifecycle, machines, network, status
+from cluster import (
+    addons,
+    cgroups,
+    faults,
+    images,
+    imagestore,
+    lifecycle,
+    machines,
+    network,
+    status,
+)
 from cluster.errors import ClusterError, run_main
 from cluster.layout import KUBECONFIG, STATE, machine_name
 
@@ -59,8 +69,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(arguments: argparse.Namespace) -> None:
-    from cluster import images
-
     began = time.monotonic()
     images.ensure_pause()
     lifecycle.up(arguments.nodes)
@@ -82,12 +90,7 @@ def _down(arguments: argparse.Namespace) -> int:
 
 
 def _image(arguments: argparse.Namespace) -> None:
-    from cluster import images
-
-    if arguments.action == "build":
-        tags = images.build()
-    else:
-        tags = imagestore.current()
+    tags = images.build() if arguments.action == "build" else imagestore.current()
     for tag, unique in sorted(tags.items()):
         print(f"{tag} = {unique}")
 
