@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from kubernetes.aio.client import Configuration
 from outrider_runtime.backoff import Backoff
-from outrider_runtime.discovery import check_target
 from outrider_runtime.health import Health
 from outrider_runtime.logs import get_logger
 
@@ -45,9 +44,6 @@ class Leadership:
         health: the condition "api" is set here.
         replica: name of this replica.
         ca: issuers of the gateways' certificates, PEM.
-
-    Raises:
-        SettingsError: fleet.gateways cannot be used.
     """
 
     def __init__(
@@ -60,7 +56,6 @@ class Leadership:
         replica: str,
         ca: bytes,
     ) -> None:
-        check_target(settings.fleet.gateways, setting="fleet.gateways")
         self._kube, self._config, self._settings = kube, config, settings
         self._metrics, self._health, self._replica, self._ca = metrics, health, replica, ca
         self._watches: Watches | None = None

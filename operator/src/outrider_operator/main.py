@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outrider_runtime import life, logs
+from outrider_runtime.discovery import check_target
 from outrider_runtime.health import Health
 from outrider_runtime.metrics import LoopLag, new_registry
 from outrider_runtime.ops import OpsServer
 from outrider_runtime.settings import SettingsError, load, readable
 
 from outrider_operator.metrics import ServerMetrics
-from outrider_operator.settings import ServerSettings
+from outrider_operator.settings import ServerSettings, check_lease_times
 
 if TYPE_CHECKING:
     from outrider_operator.core.identity import ReviewStatus
@@ -79,14 +80,17 @@ class Server:
         if settings.leader.enabled:
             ca = readable(settings.fleet.ca_file, setting="fleet.caFile")
             readable(settings.fleet.token_file, setting="fleet.tokenFile")
+            check_lease_times(settings.leader)
+            check_target(settings.fleet.gateways, setting="fleet.gateways")
+        namespace = lease_namespace(settings) if settings.leader.enabled else ""
         self._health.set("api", False, "the API server was not asked yet")
         self._health.live("loop", self._loop_problem)
         self._health.live("watch", self._watch_problem)
         log.info("starting", version=self._release, replica=self._replica)
         async with OpsServer(settings.ops.address, self._registry, self._health):
-            await self._serve(stop, ca)
+            await self._serve(stop, ca, namespace)
 
-    async def _serve(self, stop: life.Stop, ca: bytes) -> None:
+    async def _serve(self, stop: life.Stop, ca: bytes, namespace: str) -> None:
         from outrider_operator.gateway.server import Gateway
         from outrider_operator.sinks.choose import make_sink
 
@@ -108,7 +112,7 @@ class Server:
             storing = group.create_task(sink.run(stop_sink), name="sink")
             serving = group.create_task(gateway.run(stop_gateway), name="gateway")
             await gateway.started.wait()
-            leading = group.create_task(self._use_cluster(ca), name="leader")
+            leading = group.create_task(self._use_cluster(ca, namespace), name="leader")
             await stop.wait()
             # The next leader takes over while the agents are sent away from here.
             leading.cancel()
@@ -119,7 +123,7 @@ class Server:
             await asyncio.wait([storing])
             lag.cancel()
 
-    async def _use_cluster(self, ca: bytes) -> None:
+    async def _use_cluster(self, ca: bytes, namespace: str) -> None:
         """Reach the API server, and lead when it is this replica's turn."""
         from outrider_operator.kube.client import KubeClient, configuration
         from outrider_operator.leading import Leadership
@@ -136,7 +140,7 @@ class Server:
                 kube, config, settings, self._metrics, self._health, self._replica, ca
             )
             self._connected.set()
-            await self._leadership.run(lease_namespace(settings))
+            await self._leadership.run(namespace)
         finally:
             await kube.close()
 

@@ -10,7 +10,7 @@ from msgspec import Meta, field
 from outrider_proto import limits
 from outrider_runtime.logs import LogSettings
 from outrider_runtime.ops import OpsSettings
-from outrider_runtime.settings import Section
+from outrider_runtime.settings import Section, SettingsError
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 """A time span above 0 and at most a day."""
@@ -318,3 +318,21 @@ class ServerSettings(Section, frozen=True):
     fleet: FleetSettings = field(default_factory=FleetSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
     agents: AgentSettings = field(default_factory=AgentSettings)
+
+
+def check_lease_times(settings: LeaderSettings) -> None:
+    """Refuse times with which two could lead at once, or none for long.
+
+    Raises:
+        SettingsError: They contradict each other.
+    """
+    if settings.lease_duration_seconds <= settings.renew_deadline_seconds:
+        raise SettingsError(
+            'setting "leader.leaseDurationSeconds": expected more than '
+            f"leader.renewDeadlineSeconds, {settings.renew_deadline_seconds}"
+        )
+    if settings.renew_deadline_seconds <= 1.2 * settings.retry_period_seconds:
+        raise SettingsError(
+            'setting "leader.renewDeadlineSeconds": expected more than 1.2 times '
+            f"leader.retryPeriodSeconds, {settings.retry_period_seconds}"
+        )

@@ -21,7 +21,6 @@ from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from outrider_runtime.logs import get_logger
-from outrider_runtime.settings import SettingsError
 
 from outrider_operator.kube.client import KubeClient
 from outrider_operator.settings import LeaderSettings
@@ -79,24 +78,6 @@ async def _nothing() -> None:
     """The client's own loop, which would call this, is not used."""
 
 
-def check_times(settings: LeaderSettings) -> None:
-    """Refuse times with which two could lead at once, or none for long.
-
-    Raises:
-        SettingsError: They contradict each other.
-    """
-    if settings.lease_duration_seconds <= settings.renew_deadline_seconds:
-        raise SettingsError(
-            'setting "leader.leaseDurationSeconds": expected more than '
-            f"leader.renewDeadlineSeconds, {settings.renew_deadline_seconds}"
-        )
-    if settings.renew_deadline_seconds <= 1.2 * settings.retry_period_seconds:
-        raise SettingsError(
-            'setting "leader.renewDeadlineSeconds": expected more than 1.2 times '
-            f"leader.retryPeriodSeconds, {settings.retry_period_seconds}"
-        )
-
-
 class Candidate:
     """A replica that would lead.
 
@@ -105,15 +86,11 @@ class Candidate:
         settings: the section `leader`.
         namespace: of the Lease.
         identity: name of this replica, unlike that of any other.
-
-    Raises:
-        SettingsError: The times contradict each other.
     """
 
     def __init__(
         self, kube: KubeClient, settings: LeaderSettings, namespace: str, identity: str
     ) -> None:
-        check_times(settings)
         self._settings = settings
         self._lock = _CountedLease(settings.lease_name, namespace, identity, kube.api)
         config = Config(
