@@ -152,7 +152,7 @@ def _make_base(buildah: Callable[..., str], name: str, scratch: Path, step: Step
         if line.startswith("I: "):
             count += 1
             step.update(
-                f"{count} steps of debootstrap, {line[3:45].split('...', maxsplit=1)[0].lower()}"
+                f"{count} of about 700 steps, {line[3:45].split('...', maxsplit=1)[0].lower()}"
             )
 
     tree = scratch / "tree"
