@@ -82,6 +82,7 @@ def to_object(task: Task, index: int, rows: Iterable[NodeRun]) -> dict[str, Any]
         "uid": task.uid,
         "controller": True,
     }
+    entries = [_to_entry(row, allowance(task.spec.output.preview_bytes)) for row in rows]
     return {
         "apiVersion": API_VERSION,
         "kind": "AgentTaskReport",
@@ -93,7 +94,8 @@ def to_object(task: Task, index: int, rows: Iterable[NodeRun]) -> dict[str, Any]
         },
         "task": {"name": task.name, "uid": task.uid},
         "slice": index,
-        "nodes": [_to_entry(row, allowance(task.spec.output.preview_bytes)) for row in rows],
+        "count": len(entries),
+        "nodes": entries,
     }
 
 
