@@ -33,6 +33,8 @@ ARGUMENTS: Final = 1024
 ARGUMENT_BYTES: Final = 128 * KIB
 #: Most environment variables of a run.
 ENVIRONMENT: Final = 256
+#: Longest name of a user that a run is to be of, bytes.
+USER_BYTES: Final = 64
 #: Largest part of a run's output that stands in its report, bytes.
 PREVIEW_BYTES: Final = 8 * KIB
 #: Largest part of a run's output that is kept at all, bytes.

@@ -108,6 +108,10 @@ class _BuiltinEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Builtin.Value
     """Ends at once with "pong"."""
     BUILTIN_FACTS: _Builtin.ValueType  # 2
     """Prints facts about the node as JSON."""
+    BUILTIN_RESTART: _Builtin.ValueType  # 3
+    """The agent stops in order and begins anew in the same process; the new one reports success."""
+    BUILTIN_SHUTDOWN: _Builtin.ValueType  # 4
+    """The agent reports success and then stays away until its Pod is made anew."""
 
 class Builtin(_Builtin, metaclass=_BuiltinEnumTypeWrapper):
     """Things the agent does itself."""
@@ -118,6 +122,10 @@ BUILTIN_PING: Builtin.ValueType  # 1
 """Ends at once with "pong"."""
 BUILTIN_FACTS: Builtin.ValueType  # 2
 """Prints facts about the node as JSON."""
+BUILTIN_RESTART: Builtin.ValueType  # 3
+"""The agent stops in order and begins anew in the same process; the new one reports success."""
+BUILTIN_SHUTDOWN: Builtin.ValueType  # 4
+"""The agent reports success and then stays away until its Pod is made anew."""
 Global___Builtin: _TypeAlias = Builtin  # noqa: Y015
 
 @_typing.final
@@ -460,7 +468,7 @@ class Hello(_message.Message):
     """Kernel release."""
     @_builtins.property
     def run_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Kinds of run the agent accepts: "command", "script", "builtin/Ping", "builtin/Facts"."""
+        """Kinds of run the agent accepts: "command", "script", "builtin/Ping" and the other builtins."""
 
     def __init__(
         self,
@@ -658,7 +666,9 @@ class Command(_message.Message):
     """The agent is to send a complete RunReport (a leader is new and asks)."""
     @_builtins.property
     def task(self) -> Global___Task:
-        """A task in the form of other servers; not acted on by Outrider's agent yet."""
+        """A task in the form of other servers. Of these the agent acts on 1060 for itself, which is
+        BUILTIN_SHUTDOWN without a run to report; its settings must allow it.
+        """
 
     @_builtins.property
     def configs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Config]:
@@ -903,6 +913,8 @@ class RunCommand(_message.Message):
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     NOT_AFTER_UNIX_NANOS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Namespace of the task, for logs."""
     name: _builtins.str
@@ -917,6 +929,13 @@ class RunCommand(_message.Message):
     """How much output is kept in all, in bytes; at most limits.OUTPUT_BYTES."""
     not_after_unix_nanos: _builtins.int
     """Not to begin after this time, nanoseconds since the Unix epoch; 0: no limit."""
+    host: _builtins.bool
+    """True: in the namespaces of the host's first process instead of the agent's container."""
+    user: _builtins.str
+    """Name or number of the user to run as, looked up where the run takes place; at most
+    limits.USER_BYTES. Empty: the agent's own user. A number makes a group of the same number
+    unless the user is known there.
+    """
     @_builtins.property
     def id(self) -> Global___RunId:
         """Which attempt."""
@@ -947,10 +966,12 @@ class RunCommand(_message.Message):
         preview_bytes: _builtins.int = ...,
         max_output_bytes: _builtins.int = ...,
         not_after_unix_nanos: _builtins.int = ...,
+        host: _builtins.bool = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "id", b"id", "run", b"run", "script", b"script"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "env", b"env", "id", b"id", "max_output_bytes", b"max_output_bytes", "name", b"name", "namespace", b"namespace", "not_after_unix_nanos", b"not_after_unix_nanos", "preview_bytes", b"preview_bytes", "run", b"run", "script", b"script", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "env", b"env", "host", b"host", "id", b"id", "max_output_bytes", b"max_output_bytes", "name", b"name", "namespace", b"namespace", "not_after_unix_nanos", b"not_after_unix_nanos", "preview_bytes", b"preview_bytes", "run", b"run", "script", b"script", "timeout_seconds", b"timeout_seconds", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_run: _TypeAlias = _typing.Literal["command", "script", "builtin"]  # noqa: Y015
     _WhichOneofArgType_run: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
