@@ -5,19 +5,20 @@ it ends the agent, whose cause is the last line of its log.
 """
 
 import asyncio
+import contextlib
 import os
 import platform
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import structlog
@@ -37,13 +38,18 @@ from outrider_agent.collectors.heartbeat import AgentStatus, Heartbeat
 from outrider_agent.collectors.host import HostMetrics
 from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.collectors.schedule import collect_forever
+from outrider_agent.core import accounts
 from outrider_agent.core.batching import BatchLimits
+from outrider_agent.core.leaving import stays_away
+from outrider_agent.core.policy import Policy
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import AgentSettings, check
 from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.store.store import Store, StoreLimits, open_store
-from outrider_agent.tasks import processes
+from outrider_agent.tasks import lookup, processes
 from outrider_agent.tasks.execution import BuiltinFunction, Host
+from outrider_agent.tasks.leaving import Exit, Leave, Marker
+from outrider_agent.tasks.placing import Place
 from outrider_agent.tasks.supervisor import RunLimits, Supervisor
 from outrider_agent.uplink.uplink import Identity, Uplink
 
@@ -76,11 +82,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(settings.log.level, settings.log.format)
     log = logs.get_logger("outrider.agent", node=settings.node.name)
     log.info("starting", version=VERSION, pid=os.getpid())
-    return life.run(lambda stop: serve(settings, stop, log), log)
+    anew = False
+
+    async def program(stop: Stop) -> None:
+        nonlocal anew
+        anew = await serve(settings, stop, log)
+
+    code = life.run(program, log)
+    if anew and code == life.OK:
+        begin_anew(log)
+    return code
 
 
-async def serve(settings: AgentSettings, stop: Stop, log: structlog.stdlib.BoundLogger) -> None:
-    """Run the agent until `stop` is set.
+def begin_anew(log: structlog.stdlib.BoundLogger) -> NoReturn:
+    """Be a fresh process of the same id, with the same arguments and environment.
+
+    Raises:
+        OSError: The program is not there any more; whoever started us may do it again.
+    """
+    log.info("beginning anew")
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own program
+
+
+async def serve(settings: AgentSettings, stop: Stop, log: structlog.stdlib.BoundLogger) -> bool:
+    """Run the agent until `stop` is set, or a task takes it away.
+
+    Returns:
+        Whether the program is to begin anew.
 
     Raises:
         SettingsError: An address or a directory cannot be used.
@@ -89,20 +118,42 @@ async def serve(settings: AgentSettings, stop: Stop, log: structlog.stdlib.Bound
     metrics = AgentMetrics(registry)
     metrics.info.labels(VERSION).set(1)
     health = Health()
+    processes.become_subreaper()
+    marker = Marker(Path(settings.state.directory))
+    before = await asyncio.to_thread(marker.read)
+    leave = Stop()
+    way_out = Exit(marker, settings.node.pod_uid, lambda why: leave.request(why.value), before)
+    async with OpsServer(settings.ops.address, registry, health) as ops:
+        log.info("listening", address=settings.ops.address, port=ops.port)
+        if not stays_away(before, settings.node.pod_uid):
+            async with _agent(settings, metrics, health, way_out) as agent:
+                await agent.run(stop, leave, registry)
+        if stop.is_set():  # a signal goes before what a task wanted
+            return False
+        if leave.reason == Leave.RESTART.value:
+            return True
+        metrics.shut_down.set(1)
+        metrics.connected.set(0)
+        health.set("connected", False, "ShutDown: a task said so; until this Pod is made anew")
+        log.warning("shut down: idle until this Pod is made anew")
+        await stop.wait()
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _agent(
+    settings: AgentSettings, metrics: AgentMetrics, health: Health, way_out: Exit
+) -> "AsyncIterator[_Agent]":
+    """The agent's parts on its file, both closed in the end."""
     limits = StoreLimits(
         max_outbox_bytes=settings.state.max_outbox_bytes,
         tombstone_seconds=settings.tasks.tombstone_seconds,
         max_tombstones=settings.tasks.max_tombstones,
     )
-    processes.become_subreaper()
-    async with (
-        OpsServer(settings.ops.address, registry, health) as ops,
-        open_store(Path(settings.state.directory), limits, metrics) as store,
-    ):
-        log.info("listening", address=settings.ops.address, port=ops.port)
+    async with open_store(Path(settings.state.directory), limits, metrics) as store:
         with ThreadPoolExecutor(RUN_THREADS, thread_name_prefix="run") as threads:
-            agent = _Agent.build(settings, store, metrics, health, threads)
-            await agent.run(stop, registry)
+            yield _Agent.build(settings, store, metrics, health, threads, way_out)
+        health.live("store", lambda: None)  # closed on purpose: nobody is to be ended for it
 
 
 @dataclass
@@ -116,6 +167,7 @@ class _Agent:
     recorder: Recorder
     uplink: Uplink
     supervisor: Supervisor
+    way_out: Exit
     started: float
 
     @classmethod
@@ -126,6 +178,7 @@ class _Agent:
         metrics: AgentMetrics,
         health: Health,
         threads: ThreadPoolExecutor,
+        way_out: Exit,
     ) -> "_Agent":
         """Make all parts; nothing runs yet."""
         started = time.time()
@@ -142,24 +195,24 @@ class _Agent:
         store.on_append = uplink.batch_appended
         health.live("store", store.check)
         host = Host(
-            node=settings.node.name,
-            work_directory=_work_directory(settings),
-            grace=settings.tasks.termination_grace_seconds,
+            place=_place(settings),
             builtins=_builtins(settings, paths),
             records=recorder,
             threads=threads,
         )
         run_limits = RunLimits(
-            allowed=settings.tasks.allowed_kinds,
             max_concurrent=settings.tasks.max_concurrent,
             max_queued=settings.tasks.max_queued,
         )
-        supervisor = Supervisor(store, host, run_limits, metrics, uplink.run_changed)
-        return cls(settings, store, metrics, health, recorder, uplink, supervisor, started)
+        notify = uplink.run_changed
+        supervisor = Supervisor(store, host, run_limits, metrics, notify, way_out)
+        return cls(settings, store, metrics, health, recorder, uplink, supervisor, way_out, started)
 
-    async def run(self, stop: Stop, registry: CollectorRegistry) -> None:
-        """Own all parts until `stop` is set; then stop them in order."""
+    async def run(self, stop: Stop, leave: Stop, registry: CollectorRegistry) -> None:
+        """Own all parts until `stop` or `leave` is set; then stop them in order."""
         await self.supervisor.recover()
+        # Only now: the journal has all that it told.
+        await asyncio.to_thread(self.way_out.marker.remove)
         async with asyncio.TaskGroup() as group:
 
             def start(name: str, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -167,6 +220,7 @@ class _Agent:
 
             recorder = start("recorder", self.recorder.run())
             rest = [
+                start("signals", _forward(stop, leave)),
                 start("store", self.store.watch()),
                 start("loop lag", LoopLag(registry).watch()),
                 start("supervisor", self.supervisor.run()),
@@ -174,7 +228,7 @@ class _Agent:
             ]
             # After the supervisor's task, which takes what servers ask for.
             rest.append(start("uplink", self.uplink.run(self.supervisor)))
-            await stop.wait()
+            await leave.wait()
             await self._end(recorder)
             for task in rest:
                 task.cancel()
@@ -238,14 +292,31 @@ class _Agent:
         )
 
 
+async def _forward(stop: Stop, leave: Stop) -> None:
+    await stop.wait()
+    leave.request(stop.reason)
+
+
 def _paths(settings: AgentSettings) -> HostPaths:
     node = settings.node
     return HostPaths(Path(node.proc), Path(node.sys), Path(node.root))
 
 
-def _work_directory(settings: AgentSettings) -> Path:
-    named = settings.tasks.work_directory
-    return Path(named) if named else (Path(settings.state.directory) / "runs").absolute()
+def _place(settings: AgentSettings) -> Place:
+    tasks, state = settings.tasks, Path(settings.state.directory)
+    own = accounts.find(str(os.geteuid()), passwd=lookup.text_of("/etc/passwd", ""), group="")
+    return Place(
+        node=settings.node.name,
+        work_directory=Path(tasks.work_directory or (state / "runs").absolute()),
+        grace=tasks.termination_grace_seconds,
+        policy=Policy(
+            kinds=tasks.allowed_kinds,
+            executables=tasks.allowed_executables,
+            users=tasks.allowed_users,
+            own={str(os.geteuid()), own.name} if own else {str(os.geteuid())},
+            host=tasks.allow_host,
+        ),
+    )
 
 
 def _recorder_options(settings: AgentSettings) -> RecorderOptions:

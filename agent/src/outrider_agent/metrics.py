@@ -21,6 +21,11 @@ class AgentMetrics:
             ["version"],
             registry=registry,
         )
+        self.shut_down = Gauge(
+            "outrider_agent_shut_down",
+            "1 while the agent stays away, as a Shutdown told it to.",
+            registry=registry,
+        )
         self._uplink(registry)
         self._records(registry)
         self._store(registry)

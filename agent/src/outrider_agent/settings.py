@@ -11,7 +11,14 @@ from outrider_runtime.discovery import check_target
 from outrider_runtime.logs import LogSettings
 from outrider_runtime.settings import Section, SettingsError, address, readable
 
-from outrider_agent.core.policy import RUN_KINDS
+from outrider_agent.core.policy import (
+    BELOW,
+    DEFAULT_KINDS,
+    EVERY_USER,
+    RUN_KINDS,
+    pattern_fault,
+    user_name,
+)
 
 MIB = 1024 * 1024
 
@@ -29,6 +36,13 @@ class NodeSettings(Section, frozen=True):
 
     name: Annotated[
         str, Meta(description="Name of the Node object; must be the one in the token. Required.")
+    ] = ""
+    pod_uid: Annotated[
+        str,
+        Meta(
+            description="UID of the agent's Pod: how long a Shutdown lasts. Empty: as long as the "
+            "process."
+        ),
     ] = ""
     proc: Annotated[
         str,
@@ -144,7 +158,28 @@ class TasksSettings(Section, frozen=True):
     allowed_kinds: Annotated[
         tuple[str, ...],
         Meta(description=f"Kinds of run this node allows, of {', '.join(RUN_KINDS)}."),
-    ] = RUN_KINDS
+    ] = DEFAULT_KINDS
+    allowed_executables: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Patterns of the paths of programs and interpreters this node allows: *, ? "
+            f"and [] within a part, {BELOW} as the last part for all below."
+        ),
+    ] = (f"/{BELOW}",)
+    allowed_users: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Users, by name or number as tasks give them, that runs may be of besides "
+            f"the agent's own; {EVERY_USER} is all."
+        ),
+    ] = ()
+    allow_host: Annotated[
+        bool,
+        Meta(
+            description="Whether runs may enter the host's namespaces. Needs a privileged Pod in "
+            "the host's process namespace; whoever may make tasks is root on this node then."
+        ),
+    ] = False
     max_concurrent: Annotated[
         int, Meta(ge=1, le=1024, description="Most runs at once; further ones wait.")
     ] = 16
@@ -222,3 +257,12 @@ def check(settings: AgentSettings) -> None:
             f'setting "tasks.allowedKinds": expected some of {", ".join(RUN_KINDS)}, '
             f"got {', '.join(unknown)}"
         )
+    for pattern in settings.tasks.allowed_executables:
+        fault = pattern_fault(pattern)
+        if fault:
+            raise SettingsError(f'setting "tasks.allowedExecutables": {pattern!r}: {fault}')
+    for user in settings.tasks.allowed_users:
+        if user != EVERY_USER and not user_name(user):
+            raise SettingsError(
+                f'setting "tasks.allowedUsers": expected names or numbers of users, got {user!r}'
+            )

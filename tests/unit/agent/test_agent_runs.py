@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outrider_agent.core import outcome, policy, runs
 from outrider_agent.core.outcome import Cause, Ending
-from outrider_agent.core.policy import RUN_KINDS, Load
+from outrider_agent.core.policy import RUN_KINDS, Load, Policy
 from outrider_proto import limits
 from outrider_proto.v1 import agent_pb2 as pb
 
 PHASES = [p for p in pb.RunPhase.values() if p != pb.RUN_PHASE_UNSPECIFIED]
 FREE = Load(held=0, limit=10)
+ALL = Policy(kinds=RUN_KINDS)
 
 
 def command(**change: object) -> pb.RunCommand:
@@ -131,14 +132,14 @@ def test_start_failures(number: int | None, reason: str) -> None:
     ],
 )
 def test_refusals(change: dict[str, object], reason: str) -> None:
-    found = policy.refuse(command(**change), now_nanos=100, allowed=RUN_KINDS, load=FREE)
+    found = policy.refuse(command(**change), now_nanos=100, policy=ALL, load=FREE)
     assert found is not None
     assert (found.phase, found.reason) == (pb.RUN_PHASE_REJECTED, reason)
 
 
 def test_a_run_without_a_timeout_is_refused() -> None:
     bare = pb.RunCommand(id=pb.RunId(task_uid="t", attempt=1), command=pb.Exec(argv=["true"]))
-    found = policy.refuse(bare, now_nanos=1, allowed=RUN_KINDS, load=FREE)
+    found = policy.refuse(bare, now_nanos=1, policy=ALL, load=FREE)
     assert found is not None
     assert "timeout" in found.message
 
@@ -151,19 +152,19 @@ def test_good_runs_are_taken() -> None:
         {"not_after_unix_nanos": 100},
     ):
         run = command(**change)
-        assert policy.refuse(run, now_nanos=100, allowed=RUN_KINDS, load=FREE) is None
+        assert policy.refuse(run, now_nanos=100, policy=ALL, load=FREE) is None
 
 
 def test_what_the_node_does_not_allow_is_refused() -> None:
-    found = policy.refuse(command(), now_nanos=1, allowed=["builtin/Ping"], load=FREE)
+    found = policy.refuse(command(), now_nanos=1, policy=Policy(kinds=["builtin/Ping"]), load=FREE)
     assert found is not None
     assert found.reason == "NotAllowed"
     assert "tasks.allowedKinds" in found.message
 
 
 def test_a_full_agent_refuses() -> None:
-    assert policy.refuse(command(), now_nanos=1, allowed=RUN_KINDS, load=Load(9, 10)) is None
-    found = policy.refuse(command(), now_nanos=1, allowed=RUN_KINDS, load=Load(10, 10))
+    assert policy.refuse(command(), now_nanos=1, policy=ALL, load=Load(9, 10)) is None
+    found = policy.refuse(command(), now_nanos=1, policy=ALL, load=Load(10, 10))
     assert found is not None
     assert found.reason == "TooManyRuns"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fakes.agent_parts import ListSink, run_state, store_in, value
-from outrider_agent.core.policy import RUN_KINDS
+from outrider_agent.core.policy import RUN_KINDS, Policy
 from outrider_agent.core.runs import RunKey, is_final
 from outrider_agent.core.storage import JournalFullError, Process, StorageError
 from outrider_agent.metrics import AgentMetrics
@@ -21,12 +21,15 @@ from outrider_agent.store import journal
 from outrider_agent.store.store import Store
 from outrider_agent.tasks import processes
 from outrider_agent.tasks.execution import Host
+from outrider_agent.tasks.leaving import Exit, Leave, Marker
+from outrider_agent.tasks.placing import Place
 from outrider_agent.tasks.supervisor import RunLimits, Supervisor
 from outrider_proto import records
 from outrider_proto.v1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry
 
-LIMITS = RunLimits(allowed=RUN_KINDS, max_concurrent=4, max_queued=10)
+ALLOWED = Policy(kinds=RUN_KINDS, own={"root", "0"})
+LIMITS = RunLimits(max_concurrent=4, max_queued=10)
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Bench:
     sink: ListSink
     registry: CollectorRegistry
     states: list[pb.RunState] = field(default_factory=list)
+    left: list[Leave] = field(default_factory=list)
 
     async def submit(self, *commands: pb.RunCommand) -> None:
         await self.supervisor.submit(commands)
@@ -63,7 +67,12 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def bench_in(
-    directory: Path, limits: RunLimits = LIMITS, wrap: Callable[[Store], Any] = lambda s: s
+    directory: Path,
+    limits: RunLimits = LIMITS,
+    wrap: Callable[[Store], Any] = lambda s: s,
+    *,
+    allowed: Policy = ALLOWED,
+    host_pid: int = 1,
 ) -> AsyncIterator[Bench]:
     registry = CollectorRegistry()
     sink = ListSink()
@@ -76,23 +85,24 @@ async def bench_in(
 
     with ThreadPoolExecutor(4) as threads:
         async with store_in(directory / "state") as store:
+            place = Place("node-a", directory / "work", 0.3, allowed, host_pid)
             host = Host(
-                node="node-a",
-                work_directory=directory / "work",
-                grace=0.3,
+                place=place,
                 builtins={pb.BUILTIN_PING: ping, pb.BUILTIN_FACTS: broken},
                 records=sink,
                 threads=threads,
             )
             states: list[pb.RunState] = []
+            left: list[Leave] = []
+            way_out = Exit(Marker(directory / "state"), "pod-1", left.append)
             supervisor = Supervisor(
-                wrap(store), host, limits, AgentMetrics(registry), states.append
+                wrap(store), host, limits, AgentMetrics(registry), states.append, way_out
             )
             await supervisor.recover()
             task = asyncio.create_task(supervisor.run())
             await asyncio.sleep(0)
             try:
-                yield Bench(supervisor, store, sink, registry, states)
+                yield Bench(supervisor, store, sink, registry, states, left)
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -247,7 +257,7 @@ async def test_timeouts_and_cancels(bench: Bench) -> None:
 
 
 async def test_no_more_than_allowed_run_at_once(tmp_path: Path) -> None:
-    limits = RunLimits(allowed=RUN_KINDS, max_concurrent=2, max_queued=20)
+    limits = RunLimits(max_concurrent=2, max_queued=20)
     script = "echo +; sleep 0.1; echo -"
     async with bench_in(tmp_path, limits) as bench:
         peak = 0
@@ -267,7 +277,7 @@ async def test_no_more_than_allowed_run_at_once(tmp_path: Path) -> None:
 
 
 async def test_too_many_are_rejected_and_the_place_is_given_back(tmp_path: Path) -> None:
-    limits = RunLimits(allowed=RUN_KINDS, max_concurrent=1, max_queued=1)
+    limits = RunLimits(max_concurrent=1, max_queued=1)
     async with bench_in(tmp_path, limits) as bench:
         await bench.submit(*(run_of(f"r{n}", "sleep 0.2") for n in range(6)))
         rejected = await bench.final("r2")
@@ -284,7 +294,7 @@ async def test_too_many_are_rejected_and_the_place_is_given_back(tmp_path: Path)
 
 
 async def test_a_queued_run_can_be_cancelled_and_can_expire(tmp_path: Path) -> None:
-    limits = RunLimits(allowed=RUN_KINDS, max_concurrent=1, max_queued=5)
+    limits = RunLimits(max_concurrent=1, max_queued=5)
     soon = time.time_ns() + int(0.2e9)
     async with bench_in(tmp_path, limits) as bench:
         await bench.submit(
@@ -317,7 +327,7 @@ async def test_the_report_holds_what_was_not_acknowledged(bench: Bench) -> None:
 
 
 async def test_draining_lets_short_runs_end_and_interrupts_long_ones(tmp_path: Path) -> None:
-    limits = RunLimits(allowed=RUN_KINDS, max_concurrent=2, max_queued=5)
+    limits = RunLimits(max_concurrent=2, max_queued=5)
     async with bench_in(tmp_path, limits) as bench:
         await bench.submit(
             run_of("short", "sleep 0.3"), run_of("long", "sleep 60"), run_of("queued", "sleep 60")

@@ -33,6 +33,7 @@ class FakeRuns:
         self.cancelled: list[RunKey] = []
         self.acknowledged: list[RunKey] = []
         self.known: list[pb.RunState] = []
+        self.foreign_tasks: list[pb.Task] = []
 
     async def submit(self, commands: Any) -> None:
         self.submitted += commands
@@ -42,6 +43,9 @@ class FakeRuns:
 
     async def acknowledge(self, keys: list[RunKey]) -> None:
         self.acknowledged += keys
+
+    async def foreign(self, task: pb.Task) -> None:
+        self.foreign_tasks.append(task)
 
     async def report(self) -> list[pb.RunState]:
         return self.known

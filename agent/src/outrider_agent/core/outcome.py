@@ -10,7 +10,7 @@ from enum import Enum
 
 from outrider_proto.v1 import agent_pb2 as pb
 
-from outrider_agent.core.runs import Phase
+from outrider_agent.core.runs import Phase, advance
 
 
 class Cause(Enum):
@@ -46,6 +46,32 @@ class Outcome:
     phase: Phase
     reason: str = ""
     message: str = ""
+
+
+#: What becomes of a run that is ended before it began.
+NOT_BEGUN = {
+    Cause.CANCEL: Outcome(pb.RUN_PHASE_CANCELLED, "Cancelled", "cancelled before it began"),
+    Cause.STOP: Outcome(
+        pb.RUN_PHASE_INTERRUPTED, "AgentStopped", "the agent stopped before it began"
+    ),
+}
+
+
+def ended(state: pb.RunState, outcome: Outcome, now_nanos: int) -> pb.RunState:
+    """A run's state with its outcome.
+
+    Args:
+        state: Where the run stands.
+        outcome: How it ended.
+        now_nanos: When, nanoseconds since the Unix epoch; noted only if it had begun.
+
+    Raises:
+        IllegalTransitionError: It cannot end so from there.
+    """
+    after = advance(state, outcome.phase, reason=outcome.reason, message=outcome.message)
+    if state.started_unix_nanos:
+        after.finished_unix_nanos = now_nanos
+    return after
 
 
 def classify(ending: Ending, *, timeout_seconds: float) -> Outcome:
@@ -101,3 +127,12 @@ def start_failure(program: str, number: int | None, detail: str) -> Outcome:
         number or 0, ("StartFailed", f"could not be started: {detail}")
     )
     return Outcome(pb.RUN_PHASE_FAILED, reason, f"{program!r}: {text}")
+
+
+def user_failure(program: str, user: str) -> Outcome:
+    """The outcome of a program that could not be started because the agent may not be that user."""
+    text = (
+        f"{program!r}: the agent may not become user {user}: its container lacks the capabilities "
+        "SETUID and SETGID, or is not root"
+    )
+    return Outcome(pb.RUN_PHASE_FAILED, "UserNotPermitted", text)

@@ -102,13 +102,28 @@ class RunsAcked:
 
 
 @dataclass(frozen=True)
+class TaskRequested:
+    """A task in the form of other servers."""
+
+    task: pb.Task
+
+
+@dataclass(frozen=True)
 class Draining:
     """The server asked the agent to leave."""
 
     reason: str
 
 
-Effect = Welcomed | BatchesAcked | RunsRequested | CancelsRequested | RunsAcked | Draining
+Effect = (
+    Welcomed
+    | BatchesAcked
+    | RunsRequested
+    | CancelsRequested
+    | RunsAcked
+    | TaskRequested
+    | Draining
+)
 
 
 @dataclass
@@ -260,6 +275,8 @@ class Session:
             effects.append(CancelsRequested([key_of(run) for run in command.cancels]))
         if command.run_acks:
             effects.append(RunsAcked([key_of(run) for run in command.run_acks]))
+        if command.HasField("task"):
+            effects.append(TaskRequested(command.task))
         if command.report_runs:
             self._report_due = True
         if command.HasField("drain"):

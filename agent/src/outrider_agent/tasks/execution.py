@@ -1,32 +1,24 @@
-"""Carries out one accepted run: a program, a script in a file of its own, or a builtin.
+"""Carries out one accepted run: a program, a script or a builtin.
 
 Turns a RunCommand into a program or a call, and its output into records. Knows no journal: see
 `supervisor`.
 """
 
 import asyncio
-import contextlib
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from outrider_proto import limits, records
 from outrider_proto.v1 import agent_pb2 as pb
 
-from outrider_agent.core.outcome import Cause, Ending, Outcome, classify, start_failure
+from outrider_agent.core.outcome import Cause, Ending, Outcome, classify, ended, start_failure
 from outrider_agent.core.output import Chunk, Output, as_text
 from outrider_agent.core.records import RecordClass, RecordSink
-from outrider_agent.core.runs import key_of
-from outrider_agent.tasks import processes
-from outrider_agent.tasks.program import Children, Program, Started, StartError, run_program
+from outrider_agent.tasks.placing import Place, placed
+from outrider_agent.tasks.program import Children, Started, StartError, run_program
 
-#: What programs find in PATH unless the task says otherwise.
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Longest time that a builtin may take, whatever the task says, seconds.
 BUILTIN_SECONDS = 60.0
 
@@ -38,18 +30,14 @@ class Host:
     """Where runs take place.
 
     Attributes:
-        node: Name of the node.
-        work_directory: Where scripts are put.
-        grace: Seconds between TERM and KILL.
+        place: What programs are made with.
         builtins: What the agent does itself.
         records: Takes the output.
         threads: For calls that block.
         children: The leaders that are waited for by name.
     """
 
-    node: str
-    work_directory: Path
-    grace: float
+    place: Place
     builtins: Mapping[int, BuiltinFunction]
     records: RecordSink
     threads: Executor
@@ -97,14 +85,7 @@ async def execute(
     if command.WhichOneof("run") == "builtin":
         return await _builtin(command, host, output, on_start=on_start, emit=emit)
     try:
-        with _argv(command, host.work_directory) as argv:
-            program = Program(
-                argv=argv,
-                environment=environment(command, host.node),
-                mark=str(key_of(command.id)),
-                timeout=command.timeout_seconds,
-                grace=host.grace,
-            )
+        with placed(command, host.place) as program:
             ending = await run_program(
                 program,
                 output,
@@ -120,47 +101,6 @@ async def execute(
         text = f"{error.strerror or error} ({error.filename})"
         return Result(start_failure("script", None, text), None, output)
     return Result(classify(ending, timeout_seconds=command.timeout_seconds), ending, output)
-
-
-def environment(command: pb.RunCommand, node: str) -> dict[str, str]:
-    """The whole environment of a run; little of it is the agent's, and no secret of its."""
-    own = {
-        # First: it is looked for in every process that a run may have left.
-        processes.MARK: str(key_of(command.id)),
-        "OUTRIDER_NODE": node,
-        "OUTRIDER_TASK": f"{command.namespace}/{command.name}",
-        "OUTRIDER_ATTEMPT": str(command.id.attempt),
-    }
-    base = {
-        "PATH": DEFAULT_PATH,
-        "HOME": os.path.expanduser("~"),  # noqa: PTH111 - a string is wanted
-        "LANG": os.environ.get("LANG", "C.UTF-8"),
-    }
-    return {**own, **base, **command.env, **own}
-
-
-@contextlib.contextmanager
-def _argv(command: pb.RunCommand, work_directory: Path) -> Iterator[Sequence[str]]:
-    """The arguments of a run; for a script its file is there meanwhile, readable by us only."""
-    if command.WhichOneof("run") == "command":
-        yield list(command.command.argv)
-        return
-    work_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="run-", dir=work_directory))
-    try:
-        script = directory / "script"
-        fd = os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(command.script.source)
-        yield [*command.script.interpreter, str(script)]
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def clear_scripts(work_directory: Path) -> None:
-    """Remove the scripts that an agent that was killed left behind. Blocks."""
-    for left in work_directory.glob("run-*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 async def _builtin(
@@ -184,6 +124,19 @@ async def _builtin(
     for chunk in [*output.feed(printed), *output.flush(last=True)]:
         await emit(chunk)
     return Result(Outcome(pb.RUN_PHASE_SUCCEEDED), Ending(exit_code=0), output)
+
+
+def with_result(state: pb.RunState, result: Result) -> pb.RunState:
+    """A run's final state."""
+    after = ended(state, result.outcome, time.time_ns())
+    after.preview = result.output.preview
+    after.output_bytes = result.output.total
+    after.output_truncated = result.output.truncated
+    if result.ending is not None:
+        if result.ending.exit_code is not None:
+            after.exit_code = result.ending.exit_code
+        after.signal = result.ending.signal
+    return after
 
 
 def output_record(command: pb.RunCommand, chunk: Chunk) -> pb.EncodedRecord:

@@ -159,9 +159,9 @@ def _send_by_id(process: ProcessInfo, number: signal.Signals) -> None:
             os.kill(process.pid, number)
 
 
-def signal_all(mark: str, leader: int | None, number: signal.Signals) -> int:
-    """Send a signal to all processes of a run that is ours; how many there were. May block."""
-    found = members(mark, leader, below=os.getpid())
+def signal_all(mark: str, leader: int | None, number: signal.Signals, *, below: int | None) -> int:
+    """Send a signal to all processes of a run; how many there were. May block. See `members`."""
+    found = members(mark, leader, below=below)
     for process in found:
         _send_logged(process, number)
     return len(found)

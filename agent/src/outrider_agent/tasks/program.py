@@ -8,7 +8,6 @@ went.
 import asyncio
 import errno
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,9 +15,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-from outrider_agent.core.outcome import Cause, Ending, Outcome, start_failure
+from outrider_agent.core.accounts import Account
+from outrider_agent.core.outcome import Cause, Ending, Outcome, start_failure, user_failure
 from outrider_agent.core.output import Chunk, Output
-from outrider_agent.tasks import processes
+from outrider_agent.tasks import lookup, processes
 
 #: Output is handed on at least this often, seconds.
 FLUSH_SECONDS = 1.0
@@ -40,6 +40,11 @@ class Program:
         mark: The run's mark; see `processes`.
         timeout: After so many seconds it is ended.
         grace: Seconds between TERM and KILL.
+        executable: The file to start where it was found already, else empty.
+        account: Whom to become; None: nobody else.
+        inherited: Descriptors that it gets besides the usual three.
+        everywhere: Look for its processes among all, not only below the agent: it may be in
+            another process namespace, whose orphans do not come to us.
     """
 
     argv: Sequence[str]
@@ -47,6 +52,15 @@ class Program:
     mark: str
     timeout: float
     grace: float
+    executable: str = ""
+    account: Account | None = None
+    inherited: Sequence[int] = ()
+    everywhere: bool = False
+
+    @property
+    def below(self) -> int | None:
+        """Where its processes are looked for; see `processes.members`."""
+        return None if self.everywhere else os.getpid()
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ async def run_program(
         pump.cancel()
         transport.close()
         if not all_gone:  # we are cancelled, or the journal failed: nothing of the run may stay
-            all_gone = await asyncio.shield(_kill(program.mark, process.pid, threads))
+            all_gone = await asyncio.shield(_kill(program, process.pid, threads))
         if all_gone:
             process.wait()  # at once: it has ended
         children.known.discard(process.pid)  # one that is stuck is left to the reaper
@@ -148,7 +162,7 @@ async def _start(
     program: Program, children: Children, threads: Executor
 ) -> tuple["subprocess.Popen[bytes]", int]:
     name = program.argv[0]
-    path = _locate(name, program.environment.get("PATH", os.defpath))
+    path = program.executable or lookup.locate(name, program.environment.get("PATH", os.defpath))
     if path is None:
         raise StartError(start_failure(name, errno.ENOENT, "not found"))
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
@@ -162,6 +176,8 @@ async def _start(
         children.known.add(process.pid)
     except OSError as error:
         os.close(read_end)
+        if error.errno == errno.EPERM and program.account is not None:
+            raise StartError(user_failure(name, program.account.name)) from None
         detail = error.strerror or str(error)
         raise StartError(start_failure(name, error.errno, detail)) from None
     except (ValueError, UnicodeError) as error:
@@ -173,14 +189,8 @@ async def _start(
     return process, read_end
 
 
-def _locate(name: str, search: str) -> str | None:
-    """The file of a program: an executable one first, else one whose error explains itself."""
-    if "/" in name:
-        return os.path.join("/", name)  # noqa: PTH118 - as the program will see it, from "/"
-    return shutil.which(name, path=search) or shutil.which(name, mode=os.F_OK, path=search)
-
-
 def _spawn(program: Program, path: str, write_end: int) -> "subprocess.Popen[bytes]":
+    account = program.account
     # Both streams share one pipe, so that their order is kept.
     return subprocess.Popen(
         program.argv,
@@ -191,6 +201,10 @@ def _spawn(program: Program, path: str, write_end: int) -> "subprocess.Popen[byt
         cwd="/",
         env=dict(program.environment),
         start_new_session=True,
+        pass_fds=program.inherited,
+        user=account.uid if account else None,
+        group=account.gid if account else None,
+        extra_groups=account.groups if account else None,
     )
 
 
@@ -237,7 +251,7 @@ async def _supervise(
         if not gone.done():
             cause = stop.result() if stop.done() else Cause.TIMEOUT
             await _terminate(program, pid, gone, threads)
-        all_gone = await _kill(program.mark, pid, threads)
+        all_gone = await _kill(program, pid, threads)
         if not gone.done():
             await asyncio.wait({gone}, timeout=1.0)
         exit_code, number = gone.result() if gone.done() else (None, 0)
@@ -251,15 +265,18 @@ async def _terminate(
 ) -> None:
     """TERM for all, then time for the leader to end."""
     loop = asyncio.get_running_loop()
-    await loop.run_in_executor(threads, processes.signal_all, program.mark, pid, signal.SIGTERM)
+    await loop.run_in_executor(
+        threads,
+        lambda: processes.signal_all(program.mark, pid, signal.SIGTERM, below=program.below),
+    )
     await asyncio.wait({gone}, timeout=program.grace)
 
 
-async def _kill(mark: str, leader: int, threads: Executor) -> bool:
+async def _kill(program: Program, leader: int, threads: Executor) -> bool:
     """Kill what is there of a run whose leader was not waited for yet."""
     return await asyncio.get_running_loop().run_in_executor(
         threads,
-        lambda: processes.kill_all(mark, leader, seconds=KILL_SECONDS, below=os.getpid()),
+        lambda: processes.kill_all(program.mark, leader, seconds=KILL_SECONDS, below=program.below),
     )
 
 

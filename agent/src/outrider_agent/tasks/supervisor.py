@@ -8,7 +8,7 @@ ends whatever an old one left, by its mark too, and reports it as interrupted. R
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,40 +16,37 @@ from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
-from outrider_agent.core import policy, runs
-from outrider_agent.core.outcome import Cause, Outcome
+from outrider_agent.core import leaving, policy, runs
+from outrider_agent.core.outcome import NOT_BEGUN, Cause, Outcome, ended
 from outrider_agent.core.runs import RunKey, advance, key_of, phase_name
 from outrider_agent.core.storage import (
     Journal,
     JournalFullError,
     Process,
     StorageError,
-    Unfinished,
 )
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.tasks import processes
-from outrider_agent.tasks.execution import Host, Result, clear_scripts, execute
+from outrider_agent.tasks.execution import Host, execute, with_result
+from outrider_agent.tasks.leaving import Exit
 from outrider_agent.tasks.program import DRAIN_SECONDS, KILL_SECONDS, Started
+from outrider_agent.tasks.recovery import recover
 
 log = get_logger("outrider.tasks")
 
 #: Between two looks for ended orphans, seconds.
 REAP_SECONDS = 30.0
-#: How long the processes of an earlier agent are killed again and again, seconds.
-RECOVER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class RunLimits:
-    """What this node allows.
+    """How much the agent takes on.
 
     Attributes:
-        allowed: Kinds of run, of policy.RUN_KINDS.
         max_concurrent: Most runs at once.
         max_queued: Most runs that wait.
     """
 
-    allowed: Collection[str]
     max_concurrent: int
     max_queued: int
 
@@ -80,12 +77,14 @@ class Supervisor:
         limits: RunLimits,
         metrics: AgentMetrics,
         notify: Callable[[pb.RunState], None],
+        way_out: Exit,
     ) -> None:
         self._journal = journal
         self._host = host
         self._limits = limits
         self._metrics = metrics
         self._notify = notify
+        self._exit = way_out
         self._places = asyncio.Semaphore(limits.max_concurrent)
         self._runs: dict[RunKey, _Run] = {}
         self._held = 0
@@ -114,10 +113,11 @@ class Supervisor:
             return
         now = time.time_ns()
         load = policy.Load(self._held, self._limits.max_concurrent + self._limits.max_queued)
-        refusal = policy.refuse(command, now_nanos=now, allowed=self._limits.allowed, load=load)
+        allowed = self._host.place.policy
+        refusal = policy.refuse(command, now_nanos=now, policy=allowed, load=load)
         state = runs.accepted(command.id)
         if refusal is not None:
-            state = _final(state, refusal, now)
+            state = ended(state, refusal, now)
         self._held += 1  # before anything is awaited: commands come many at a time
         taken = False
         try:
@@ -162,7 +162,7 @@ class Supervisor:
         """Without the journal nothing is run: it could be run twice."""
         reason = "TooManyRuns" if isinstance(error, JournalFullError) else "JournalUnavailable"
         outcome = Outcome(pb.RUN_PHASE_REJECTED, reason, str(error))
-        state = _final(runs.accepted(command.id), outcome, time.time_ns())
+        state = ended(runs.accepted(command.id), outcome, time.time_ns())
         try:
             await self._journal.bury_run(state)
         except StorageError:
@@ -187,6 +187,22 @@ class Supervisor:
     async def acknowledge(self, keys: list[RunKey]) -> None:
         """Forget results that stand in the report."""
         await self._journal.ack_runs(keys)
+        self._exit.acknowledged(keys)
+
+    async def foreign(self, task: pb.Task) -> None:
+        """Do what a task in the form of other servers asks of the agent itself."""
+        if not leaving.is_shutdown(task):
+            log.info("task of another form passed over", data_type=task.data_type)
+        elif policy.SHUTDOWN not in self._host.place.policy.kinds:
+            log.warning("shutdown refused: tasks.allowedKinds lacks it", kind=policy.SHUTDOWN)
+        elif not self._stopping:
+            try:
+                await self._exit.keep_away(f"a task of type {task.data_type}")
+            except OSError as error:
+                log.warning("not shut down: that cannot be noted on disk", error=str(error))
+                return
+            self._stopping = True
+            await self._exit.shut_down(None)
 
     async def report(self) -> list[pb.RunState]:
         """The states of all runs whose result was not acknowledged yet."""
@@ -198,30 +214,9 @@ class Supervisor:
     # Life.
 
     async def recover(self) -> None:
-        """End what an earlier agent process left, and note its runs as interrupted."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._host.threads, clear_scripts, self._host.work_directory)
-        for left in await self._journal.unfinished_runs():
-            key = key_of(left.state.id)
-            gone = await loop.run_in_executor(self._host.threads, self._end_left, key, left)
-            outcome = Outcome(
-                pb.RUN_PHASE_INTERRUPTED,
-                "AgentRestarted",
-                "the agent ended before the run did; its processes were ended"
-                + ("" if gone else ", but for some that do not go away"),
-            )
-            state = _final(left.state, outcome, time.time_ns())
-            await self._journal.update_run(state)
-            self._metrics.runs.labels(phase_name(state.phase)).inc()
-            log.warning("run of an earlier agent interrupted", run=str(key), all_gone=gone)
-            self._notify(state)
-
-    def _end_left(self, key: RunKey, left: Unfinished) -> bool:
-        leader = None
-        process = left.process
-        if process and processes.same_process(process.pid, process.start, process.boot_id):
-            leader = process.pid
-        return processes.kill_all(str(key), leader, seconds=RECOVER_SECONDS, below=None)
+        """End what an earlier agent process left, and report it."""
+        before = self._exit.before
+        await recover(self._journal, self._host, self._metrics, self._notify, before)
 
     async def run(self) -> None:
         """Own the runs until `drain` has ended them all. Runs can be submitted from its start."""
@@ -241,7 +236,9 @@ class Supervisor:
         if not await self._wait_for_none(seconds):
             for run in list(self._runs.values()):
                 run.end(Cause.STOP)
-            if not await self._wait_for_none(self._host.grace + KILL_SECONDS + DRAIN_SECONDS + 1):
+            if not await self._wait_for_none(
+                self._host.place.grace + KILL_SECONDS + DRAIN_SECONDS + 1
+            ):
                 log.error("runs did not end in time", runs=len(self._runs))
 
     async def _wait_for_none(self, seconds: float) -> bool:
@@ -276,7 +273,7 @@ class Supervisor:
                     self._metrics.runs_active.dec()
                     self._places.release()
             else:
-                await self._finish(key, run, _final(run.state, _NOT_BEGUN[run.stop.result()]))
+                await self._finish(key, run, NOT_BEGUN[run.stop.result()])
         finally:
             del self._runs[key]
             self._held -= 1
@@ -303,7 +300,10 @@ class Supervisor:
     async def _execute(self, key: RunKey, run: _Run) -> None:
         now = time.time_ns()
         if policy.expired(run.command, now):
-            await self._finish(key, run, _final(run.state, policy.expiry(run.command, now), now))
+            await self._finish(key, run, policy.expiry(run.command, now))
+            return
+        if policy.kind_of(run.command) in policy.LEAVING:
+            await self._go(key, run)
             return
 
         async def on_start(started: Started | None) -> None:
@@ -326,14 +326,44 @@ class Supervisor:
 
         try:
             result = await execute(run.command, self._host, stop=run.stop, on_start=on_start)
-            state = _with_result(run.state, result)
         except Exception:  # a fault of ours in one run must not end all others
             log.exception("run failed inside the agent", run=str(key))
             text = "a fault in the agent; its log has the details"
-            state = _final(run.state, Outcome(pb.RUN_PHASE_FAILED, "InternalError", text))
-        await self._finish(key, run, state)
+            await self._finish(key, run, Outcome(pb.RUN_PHASE_FAILED, "InternalError", text))
+            return
+        await self._settle_result(key, run, with_result(run.state, result))
 
-    async def _finish(self, key: RunKey, run: _Run, state: pb.RunState) -> None:
+    async def _go(self, key: RunKey, run: _Run) -> None:
+        """Restart or shut down. The run's end is the agent's, which is noted before it begins."""
+        shutdown = policy.kind_of(run.command) == policy.SHUTDOWN
+        reason = leaving.SHUTTING_DOWN if shutdown else leaving.RESTARTING
+        run.state = advance(run.state, pb.RUN_PHASE_RUNNING, reason=reason)
+        run.state.started_unix_nanos = time.time_ns()
+        try:
+            await self._journal.update_run(run.state)
+            if shutdown:
+                await self._exit.keep_away(str(key))
+        except (StorageError, OSError) as error:
+            text = f"the agent stays, for it cannot note on disk that it goes: {error}"
+            await self._finish(key, run, Outcome(pb.RUN_PHASE_FAILED, "StateUnavailable", text))
+            return
+        self._stopping = True
+        self._notify(run.state)
+        log.info("leaving as a run says", run=str(key), kind=policy.kind_of(run.command))
+        if not shutdown:
+            self._exit.restart()
+            return
+        text = "shut down until its Pod is made anew"
+        state = ended(run.state, Outcome(pb.RUN_PHASE_SUCCEEDED, "", text), time.time_ns())
+        state.exit_code = 0
+        await self._settle_result(key, run, state)
+        await self._exit.shut_down(key)
+
+    async def _finish(self, key: RunKey, run: _Run, outcome: Outcome) -> None:
+        """Keep and report the end of a run that has no result but its outcome."""
+        await self._settle_result(key, run, ended(run.state, outcome, time.time_ns()))
+
+    async def _settle_result(self, key: RunKey, run: _Run, state: pb.RunState) -> None:
         """Keep and report a final state; one that the disk does not take is reported first."""
         run.state = state
         backoff = Backoff(0.5, 10.0)
@@ -362,31 +392,3 @@ class Supervisor:
             exit_code=state.exit_code if state.HasField("exit_code") else None,
             seconds=round(seconds, 3) if state.started_unix_nanos else 0,
         )
-
-
-#: What becomes of a run that is ended before it began.
-_NOT_BEGUN = {
-    Cause.CANCEL: Outcome(pb.RUN_PHASE_CANCELLED, "Cancelled", "cancelled before it began"),
-    Cause.STOP: Outcome(
-        pb.RUN_PHASE_INTERRUPTED, "AgentStopped", "the agent stopped before it began"
-    ),
-}
-
-
-def _final(state: pb.RunState, outcome: Outcome, now_nanos: int | None = None) -> pb.RunState:
-    after = advance(state, outcome.phase, reason=outcome.reason, message=outcome.message)
-    if state.started_unix_nanos:
-        after.finished_unix_nanos = now_nanos or time.time_ns()
-    return after
-
-
-def _with_result(state: pb.RunState, result: Result) -> pb.RunState:
-    after = _final(state, result.outcome)
-    after.preview = result.output.preview
-    after.output_bytes = result.output.total
-    after.output_truncated = result.output.truncated
-    if result.ending is not None:
-        if result.ending.exit_code is not None:
-            after.exit_code = result.ending.exit_code
-        after.signal = result.ending.signal
-    return after

@@ -43,6 +43,10 @@ class Runs(Protocol):
         """Forget results."""
         ...
 
+    async def foreign(self, task: pb.Task) -> None:
+        """Do what a task in the form of other servers asks of the agent itself."""
+        ...
+
     async def report(self) -> list[pb.RunState]:
         """The states of all runs whose result was not acknowledged yet."""
         ...
@@ -257,6 +261,8 @@ class Stream:
                 await self._runs.cancel(keys)
             case protocol.RunsAcked(keys):
                 await self._runs.acknowledge(keys)
+            case protocol.TaskRequested(task):
+                await self._runs.foreign(task)
             case protocol.Draining(reason):
                 log.info("the server asks us to go elsewhere", reason=reason)
 
