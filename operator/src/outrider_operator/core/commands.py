@@ -4,7 +4,12 @@ from outrider_proto.v1.agent_pb2 import Builtin, Exec, RunCommand, RunId, Script
 
 from outrider_operator.core.model import Task
 
-BUILTINS = {"Ping": Builtin.BUILTIN_PING, "Facts": Builtin.BUILTIN_FACTS}
+BUILTINS = {
+    "Ping": Builtin.BUILTIN_PING,
+    "Facts": Builtin.BUILTIN_FACTS,
+    "Restart": Builtin.BUILTIN_RESTART,
+    "Shutdown": Builtin.BUILTIN_SHUTDOWN,
+}
 
 
 def run_id(task_uid: str, attempt: int) -> RunId:
@@ -29,6 +34,8 @@ def run_command(task: Task, attempt: int) -> RunCommand:
         preview_bytes=spec.output.preview_bytes,
         max_output_bytes=spec.output.max_bytes,
         not_after_unix_nanos=int((task.started + spec.active_deadline_seconds) * 1e9),
+        host=spec.where == "Host",
+        user=spec.user,
     )
     if spec.run.command is not None:
         command.command.CopyFrom(Exec(argv=spec.run.command))

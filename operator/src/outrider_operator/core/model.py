@@ -188,6 +188,7 @@ class TaskSpec(_Spec, frozen=True, kw_only=True):
     run: Run
     target: Target = msgspec.field(default_factory=Target)
     where: str = "Container"
+    user: str = ""
     env: dict[str, str] = {}
     timeout_seconds: int = 30
     retries: int = 0
@@ -254,12 +255,12 @@ def unsupported(spec: TaskSpec) -> str | None:
         return "spec.retries: this version tries each node once; set it to 0"
     if spec.late_nodes != "Skip":
         return "spec.lateNodes: this version leaves late nodes out; set it to Skip"
-    if spec.where != "Container":
-        return "spec.where: this version runs in the agent's container only; set it to Container"
     if spec.run.plugin is not None:
         return "spec.run.plugin: this version has no plug-ins; use command, script or builtin"
-    if spec.run.builtin not in (None, "Ping", "Facts"):
-        return f"spec.run.builtin: this version has no {spec.run.builtin}; use Ping or Facts"
+    if spec.run.builtin not in (None, "Ping", "Facts", "Restart", "Shutdown"):
+        return f"spec.run.builtin: this version has no {spec.run.builtin}"
+    if spec.where not in ("Container", "Host"):
+        return f"spec.where: this version has no {spec.where}; use Container or Host"
     kinds = (spec.run.command, spec.run.script, spec.run.builtin)
     if sum(kind is not None for kind in kinds) != 1:
         return "spec.run: this version needs exactly one of command, script and builtin"
