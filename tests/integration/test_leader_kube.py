@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from cluster.controlplane import API_SERVER, ControlPlane
 from cluster.paths import ROOT
 from outrider_operator.core.identity import ReviewUnavailableError
+from outrider_operator.core.nodes import facts, slim
 from outrider_operator.core.ports import (
     Change,
     ClusterError,
@@ -213,7 +215,16 @@ async def test_nodes_come_with_labels_and_page_by_page(plane, kube, monkeypatch)
         plane.make_node(f"paged-{number}", {"number": str(number)})
     found = {n["metadata"]["name"]: n for n in await ClusterStore(kube, "test").list_nodes()}
     assert found["paged-3"]["metadata"]["labels"]["number"] == "3"
-    assert "status" not in found["paged-3"]
+    assert facts(found["paged-3"]).state == ""
+    assert facts(found["paged-3"]).created > 0
+    plane.kubectl("cordon", "paged-3")
+    unready = {"conditions": [{"type": "Ready", "status": "Unknown"}]}
+    plane.request("PATCH", "/api/v1/nodes/paged-3/status", {"status": unready})
+    found = {n["metadata"]["name"]: n for n in await ClusterStore(kube, "test").list_nodes()}
+    assert facts(found["paged-3"]).state == "Cordoned,NotReady"
+    whole = json.loads(plane.kubectl("get", "node", "paged-3", "-o", "json"))
+    assert found["paged-3"]["metadata"] == slim(whole)["metadata"]
+    assert facts(found["paged-3"]) == facts(slim(whole))
 
 
 async def test_events_are_posted_once_and_not_without_end(plane, kube) -> None:

@@ -23,6 +23,7 @@ class ServerMetrics:
         self._add_link()
         self._add_sink()
         self._add_leader()
+        self._add_schedules()
         self._add_api_server()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -120,6 +121,9 @@ class ServerMetrics:
         self.tasks_ended = self._counter(
             "tasks_ended_total", "AgentTasks ended, by phase.", "phase"
         )
+        self.retries = self._counter(
+            "node_retries_total", "Attempts that failed and whose node is to try again."
+        )
         self.reconciles = self._counter(
             "task_reconciles_total", "Times a task was looked at, by result.", "result"
         )
@@ -133,6 +137,21 @@ class ServerMetrics:
         )
         self.agent_writes = self._counter(
             "agent_writes_total", "Writes of Agent objects, by result.", "result"
+        )
+
+    def _add_schedules(self) -> None:
+        self.schedules = self._gauge("schedules", "AgentTaskSchedules known to the leader.")
+        self.schedule_reconciles = self._counter(
+            "schedule_reconciles_total", "Times a schedule was looked at, by result.", "result"
+        )
+        self.schedule_tasks = self._counter(
+            "schedule_tasks_total", "Tasks of schedules, by what was done.", "result"
+        )
+        self.schedule_missed = self._counter(
+            "schedule_missed_total", "Due times that went by without a task."
+        )
+        self.schedule_delay_seconds = self._histogram(
+            "schedule_delay_seconds", "Time from a due time until its task was made."
         )
 
     def _add_api_server(self) -> None:

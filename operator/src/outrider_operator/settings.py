@@ -292,6 +292,13 @@ class TaskSettings(Section, frozen=True):
     end_runs_seconds: Annotated[
         Seconds, Meta(description="A deleted task waits this long for its runs, seconds.")
     ] = 30.0
+    retry_backoff_seconds: Annotated[
+        Seconds,
+        Meta(description="Second attempt after so long; each further wait is doubled, seconds."),
+    ] = 5.0
+    retry_backoff_cap_seconds: Annotated[
+        Seconds, Meta(description="Longest wait before an attempt, seconds.")
+    ] = 300.0
 
 
 class AgentSettings(Section, frozen=True):

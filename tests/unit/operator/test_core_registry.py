@@ -31,16 +31,16 @@ def test_a_lost_gateway_takes_only_its_own_along() -> None:
     registry.joined(replace(NEW, node="b"))
     assert registry.gateway_lost("g1", 9.0) == ["a"]
     assert set(registry.sessions) == {"b"}
-    assert registry.roster([]).away == {"a": 9.0}
+    assert registry.roster([], {}).away == {"a": 9.0}
 
 
 def test_reports_of_older_streams_are_not_complete() -> None:
     registry = Registry(0.0)
     registry.joined(NEW)
     assert not registry.complete_report("a", 10, 5.0)
-    assert registry.roster([]).agents["a"].reported is None
+    assert registry.roster([], {}).agents["a"].reported is None
     assert registry.complete_report("a", 20, 5.0)
-    assert registry.roster([]).agents["a"].reported == 5.0
+    assert registry.roster([], {}).agents["a"].reported == 5.0
 
 
 def test_a_new_leader_takes_over_since_when_agents_are_away() -> None:
@@ -48,7 +48,7 @@ def test_a_new_leader_takes_over_since_when_agents_are_away() -> None:
     since = agent_status(None, Departure(500.0, "PeerGone"), {}, 1, 500.0)
     registry.remember("gone", since)
     registry.remember("was-there", agent_status(OLD, None, {}, 1, 500.0))
-    assert registry.roster([]).away == {"gone": 500.0, "was-there": 1000.0}
+    assert registry.roster([], {}).away == {"gone": 500.0, "was-there": 1000.0}
 
 
 def test_nothing_is_written_without_a_change() -> None:

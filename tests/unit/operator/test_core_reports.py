@@ -58,6 +58,10 @@ def test_no_report_nears_the_limit_whatever_was_printed(preview_bytes, character
             preview=character * 8192,
             output_bytes=2**62,
             output_truncated=True,
+            last_phase=Phase.INTERRUPTED,
+            last_reason="R" * 128,
+            retry_nanos=10**18,
+            node_state="Cordoned,NotReady",
         )
         for n in range(count)
     ]
@@ -87,6 +91,10 @@ rows_strategy = st.builds(
     preview=st.text(max_size=20),
     output_bytes=st.integers(0, 2**63 - 1),
     output_truncated=st.booleans(),
+    last_phase=st.sampled_from([None, Phase.FAILED]),
+    last_reason=st.sampled_from(["", "NonZeroExit"]),
+    retry_nanos=st.integers(0, 4 * 10**15).map(lambda n: n * 1000),
+    node_state=st.sampled_from(["", "Cordoned"]),
 )
 
 
@@ -144,7 +152,7 @@ def test_rows_only_move_as_the_table_allows(start, said) -> None:
         assert after.phase is row.phase or after.phase in TRANSITIONS[row.phase]
         if ("a", attempt) in merged.ended:
             assert merge.is_final(state(number))
-            assert attempt < after.attempt or after.phase in FINAL
+            assert attempt < after.attempt or after.phase in FINAL | {Phase.PENDING}
         row = after
 
 
@@ -154,6 +162,20 @@ def test_a_result_is_acknowledged_each_time_it_comes() -> None:
     first = merge.merge(rows, [report, report])
     assert first.ended == (("a", 1),)
     assert merge.merge(first.rows, [report]).ended == (("a", 1),)
+
+
+def test_a_result_told_twice_does_not_end_a_row_that_waits_for_its_next_attempt() -> None:
+    rows = {"a": NodeRun(node="a", phase=Phase.PENDING, attempt=1, last_phase=Phase.FAILED)}
+    merged = merge.merge(rows, [merge.Report("a", [state(RunPhase.RUN_PHASE_FAILED)])])
+    assert merged.rows == rows
+    assert merged.ended == (("a", 1),)
+
+
+def test_slices_are_filled_before_new_ones_are_made(monkeypatch) -> None:
+    monkeypatch.setattr(slices, "MAX_ROWS", 2)
+    parts = slices.extend([("a", "b"), ("c",), ()], ["d", "e", "f", "g"], 0)
+    assert parts == [("a", "b"), ("c", "d"), ("e", "f"), ("g",)]
+    assert slices.extend(parts, [], 0) == parts
 
 
 def test_a_node_that_is_not_in_the_task_may_forget_its_result() -> None:
@@ -166,7 +188,7 @@ def rows_of(**phases: int) -> dict[str, NodeRun]:
     for name, count in phases.items():
         for n in range(count):
             node = f"{name}-{n}"
-            rows[node] = NodeRun(node=node, phase=Phase(name), attempt=1)
+            rows[node] = NodeRun(node=node, phase=Phase(name), attempt=int(name != "Pending"))
     return rows
 
 

@@ -6,66 +6,16 @@ from typing import Any
 
 import pytest
 from fakes.cluster import FINALIZER, MemoryCluster
+from fakes.leader import Leader
 from outrider_operator.core import slices, targeting
 from outrider_operator.core.ports import ClusterUnavailableError
-from outrider_operator.core.registry import Registry, Session
-from outrider_operator.fleet.tasks import TaskRunner, World
-from outrider_operator.settings import TaskSettings
-from outrider_proto.v1.agent_pb2 import Command, RunId, RunPhase, RunState
+from outrider_operator.core.registry import Session
+from outrider_proto.v1.agent_pb2 import RunId, RunPhase, RunState
 
 PING: dict[str, Any] = {
     "run": {"builtin": "Ping"},
     "rollout": {"maxConcurrent": "100%", "waves": ["100%"]},
 }
-START = 1_000_000.0
-
-
-class Leader:
-    """A leader with one task and the commands it sent."""
-
-    def __init__(self, cluster: MemoryCluster, nodes: list[str], spec: Any = None) -> None:
-        self.cluster = cluster
-        self.now = START
-        self.sent: list[tuple[str, Command]] = []
-        self.ended: list[str] = []
-        self.nodes = nodes
-        if spec is not None:
-            cluster.add_task("t", spec)
-        self.lead()
-
-    def lead(self) -> None:
-        self.registry = Registry(self.now)
-        for number, node in enumerate(self.nodes, 1):
-            self.registry.joined(Session(node, node, number, "gateway", "server", self.now))
-        world = World(
-            cluster=self.cluster,
-            registry=self.registry,
-            nodes={node: {} for node in self.nodes},
-            send=self.sent.extend,
-            now=lambda: self.now,
-            settings=TaskSettings(),
-            ended=self.ended.append,
-        )
-        self.runner = TaskRunner(self.cluster.task("t"), world)
-
-    async def advance(self) -> float | None:
-        if ("default", "t") in self.cluster.tasks:
-            self.runner.update(self.cluster.task("t"))
-        return await self.runner.advance()
-
-    def says(self, node: str, phase: Any, **fields: Any) -> None:
-        state = RunState(id=RunId(task_uid="uid-of-t", attempt=1), phase=phase, **fields)
-        self.runner.report(node, [state], complete=False)
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return dict(self.cluster.task("t").get("status", {}))
-
-    def runs(self) -> list[str]:
-        return [node for node, command in self.sent if command.runs]
-
-    def acks(self) -> list[str]:
-        return [node for node, command in self.sent if command.run_acks]
 
 
 @pytest.fixture
@@ -267,8 +217,6 @@ async def test_a_start_that_broke_off_is_begun_anew(cluster, monkeypatch) -> Non
     ("spec", "reason", "names"),
     [
         ({"run": {"builtin": "Restart"}}, "NotSupported", "Restart"),
-        ({**PING, "retries": 1}, "NotSupported", "spec.retries"),
-        ({**PING, "lateNodes": "Run"}, "NotSupported", "spec.lateNodes"),
         ({**PING, "where": "Host"}, "NotSupported", "spec.where"),
         ({"run": {"plugin": {"name": "x", "dataType": 1}}}, "NotSupported", "spec.run.plugin"),
         (

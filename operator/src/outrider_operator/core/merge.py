@@ -93,12 +93,15 @@ def _settled(row: NodeRun | None, attempt: int) -> bool:
     """Whether the report needs nothing more of an attempt: it is final there, or superseded."""
     if row is None or attempt < row.attempt:
         return True
-    return attempt == row.attempt and row.phase in FINAL and row.phase is not Phase.LOST
+    # A row that waits for its next attempt holds the end of its last one.
+    over = row.phase in FINAL - {Phase.LOST} or row.phase is Phase.PENDING
+    return attempt == row.attempt and over
 
 
 def _advance(row: NodeRun, state: RunState) -> NodeRun:
     phase = PHASES.get(state.phase)
-    if phase is None or phase not in TRANSITIONS[row.phase]:
+    # Out of Pending only the planner leads: what is told twice must not end a row that waits.
+    if phase is None or row.phase is Phase.PENDING or phase not in TRANSITIONS[row.phase]:
         return row
     fields: dict[str, Any] = {"started_nanos": max(0, state.started_unix_nanos)}
     if phase not in IN_FLIGHT:

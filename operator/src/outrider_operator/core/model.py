@@ -48,18 +48,23 @@ FAILURES: Final = frozenset(
     {Phase.FAILED, Phase.TIMED_OUT, Phase.INTERRUPTED, Phase.LOST, Phase.REJECTED}
 )
 
+#: Ends after which a node tries again where spec.retries leaves it an attempt.
+RETRIED: Final = frozenset({Phase.FAILED, Phase.TIMED_OUT, Phase.INTERRUPTED})
+
 #: What may follow what; anything else is refused. Lost is an assumption about an agent that is
-#: away, so what the agent says when it is back replaces it.
+#: away, so what the agent says when it is back replaces it; one that had never begun may get its
+#: turn after all. Back to Pending go nodes that try again; those that then get no other attempt
+#: end as their last one did.
 TRANSITIONS: Final[Mapping[Phase, frozenset[Phase]]] = {
-    Phase.PENDING: frozenset({Phase.DISPATCHED, Phase.CANCELLED, Phase.SKIPPED, Phase.LOST}),
+    Phase.PENDING: RETRIED | {Phase.DISPATCHED, Phase.CANCELLED, Phase.SKIPPED, Phase.LOST},
     Phase.DISPATCHED: REPORTED | {Phase.RUNNING, Phase.LOST},
     Phase.RUNNING: REPORTED | {Phase.LOST},
-    Phase.LOST: REPORTED,
+    Phase.LOST: REPORTED | {Phase.PENDING},
     Phase.SUCCEEDED: frozenset(),
-    Phase.FAILED: frozenset(),
-    Phase.TIMED_OUT: frozenset(),
+    Phase.FAILED: frozenset({Phase.PENDING}),
+    Phase.TIMED_OUT: frozenset({Phase.PENDING}),
     Phase.CANCELLED: frozenset(),
-    Phase.INTERRUPTED: frozenset(),
+    Phase.INTERRUPTED: frozenset({Phase.PENDING}),
     Phase.SKIPPED: frozenset(),
     Phase.REJECTED: frozenset(),
 }
@@ -82,7 +87,16 @@ TASK_FINAL: Final = frozenset({TaskPhase.SUCCEEDED, TaskPhase.FAILED, TaskPhase.
 class NodeRun(msgspec.Struct, frozen=True, kw_only=True):
     """One row of a report: where the task stands on one node.
 
-    Times are nanoseconds since the Unix epoch by the node's clock, 0 for none.
+    Times are nanoseconds since the Unix epoch, 0 for none; by the node's clock, but for
+    `retry_nanos`, which is by the leader's.
+
+    Attributes:
+        attempt: the attempt this is about, counted from 1; 0: none has begun. While the row waits
+            for another attempt it is about the last one.
+        last_phase: how the attempt before ended, or the last one of a row that waits.
+        last_reason: why it ended so.
+        retry_nanos: the next attempt begins no earlier.
+        node_state: "Cordoned", "NotReady" or both: of the Node, when the row last had a change.
     """
 
     node: str
@@ -97,6 +111,15 @@ class NodeRun(msgspec.Struct, frozen=True, kw_only=True):
     preview: str = ""
     output_bytes: int = 0
     output_truncated: bool = False
+    last_phase: Phase | None = None
+    last_reason: str = ""
+    retry_nanos: int = 0
+    node_state: str = ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether an attempt has begun, or none ever will."""
+        return self.phase is not Phase.PENDING or self.attempt > 0
 
     def to(self, phase: Phase, reason: str = "", message: str = "", **fields: Any) -> "NodeRun":
         """This row in another phase.
@@ -251,10 +274,6 @@ def parse_spec(spec: Mapping[str, Any]) -> TaskSpec:
 
 def unsupported(spec: TaskSpec) -> str | None:
     """Why this version cannot carry out a spec: a sentence that names the field, or None."""
-    if spec.retries > 0:
-        return "spec.retries: this version tries each node once; set it to 0"
-    if spec.late_nodes != "Skip":
-        return "spec.lateNodes: this version leaves late nodes out; set it to Skip"
     if spec.run.plugin is not None:
         return "spec.run.plugin: this version has no plug-ins; use command, script or builtin"
     if spec.run.builtin not in (None, "Ping", "Facts", "Restart", "Shutdown"):

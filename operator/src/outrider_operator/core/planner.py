@@ -6,20 +6,23 @@ the next leader could not read.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from outrider_operator.core.model import (
     FAILURES,
     FINAL,
     IN_FLIGHT,
+    RETRIED,
     NodeRun,
     Phase,
     Rows,
     Task,
     resolve,
 )
+from outrider_operator.core.nodes import NO_FACTS
+from outrider_operator.core.plans import AgentView, Memory, Plan, Policy, Roster, Stop
 from outrider_operator.core.targeting import NODE_NOT_FOUND, NOT_CONNECTED
 
 #: A dispatched run nothing was heard of for so long is sent again, and so is a cancel; seconds.
@@ -27,98 +30,16 @@ SILENCE_SECONDS: Final = 30.0
 #: An agent that just connected is given so long to say what it runs, seconds.
 COMPLETE_REPORT_SECONDS: Final = 15.0
 
-
-@dataclass(frozen=True)
-class AgentView:
-    """A connected agent.
-
-    Attributes:
-        session: fencing number of its stream.
-        since: when this leader learned of the stream, seconds since the Unix epoch.
-        reported: when its last complete run report in this stream came; None: none yet.
-    """
-
-    session: int
-    since: float
-    reported: float | None = None
-
-
-@dataclass(frozen=True)
-class Roster:
-    """Who is there.
-
-    Attributes:
-        agents: connected agents by node name.
-        away: since when agents that were here are gone, by node name.
-        since: from when this leader could have seen an agent connect; nobody counts as away
-            for longer than that unless `away` says so.
-        nodes: names of all Nodes.
-    """
-
-    agents: Mapping[str, AgentView]
-    away: Mapping[str, float]
-    since: float
-    nodes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the settings say. `lost_after`: an agent away for so many seconds is given up."""
-
-    lost_after: float = 300.0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What only this leader remembers of a task; a new one begins with nothing and loses nothing.
-
-    Attributes:
-        heard: when a run was last sent or last reported, by node.
-        cancelled: when a cancel was last sent, by node.
-        wave: number of nodes in the waves that are done, and since when they are.
-    """
-
-    heard: Mapping[str, float] = field(default_factory=dict)
-    cancelled: Mapping[str, float] = field(default_factory=dict)
-    wave: tuple[int, float] = (0, -math.inf)
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Why nothing more begins.
-
-    Attributes:
-        phase: what becomes of nodes that have not begun.
-        reason: CamelCase word for it.
-        message: a sentence for people.
-        ends_running: runs in flight are cancelled.
-    """
-
-    phase: Phase
-    reason: str
-    message: str
-    ends_running: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do, in this order: write `rows`, then send.
-
-    Attributes:
-        rows: all rows, as they are to be.
-        sends: nodes whose run is to be sent (again).
-        cancels: nodes whose run is to be cancelled, and that are to say what they run.
-        stop: why nothing more begins, if so.
-        wakeup: when to plan again even if nothing happens, seconds since the Unix epoch.
-        memory: to be passed to the next call.
-    """
-
-    rows: dict[str, NodeRun]
-    sends: tuple[str, ...]
-    cancels: tuple[str, ...]
-    stop: Stop | None
-    wakeup: float | None
-    memory: Memory
+#: Reasons of rows that wait, besides those of targeting.
+FOR_WAVE: Final = "WaitingForWave"
+FOR_TURN: Final = "WaitingForTurn"
+FOR_RETRY: Final = "WaitingForRetry"
+SUSPENDED: Final = "Suspended"
+_WAITS: Final = {
+    FOR_WAVE: "waits until the waves before its own are over",
+    FOR_TURN: "waits until fewer than spec.rollout.maxConcurrent nodes run it",
+    SUSPENDED: "spec.suspend is set",
+}
 
 
 def plan(
@@ -139,8 +60,10 @@ def plan(
     stop = planner.find_stop()
     if stop is not None:
         planner.end(stop)
-    elif not task.spec.suspend:
+    else:
+        planner.try_again()
         planner.begin()
+    planner.note_nodes()
     planner.send_again(stop)
     return planner.result(stop)
 
@@ -181,26 +104,27 @@ class _Planner:
                 self._absent(row)
             elif row.phase in IN_FLIGHT:
                 self._unanswered(row)
-            elif row.reason:
-                self.rows[row.node] = row.noting("", "")
 
     def _absent(self, row: NodeRun) -> None:
-        since = self.roster.away.get(row.node, self.started)
+        created = self.roster.facts.get(row.node, NO_FACTS).created
+        since = self.roster.away.get(row.node, max(self.started, created))
         # A leader that is new to the fleet must not judge before agents could come to it.
         due = max(since + self.policy.lost_after, self.roster.since + COMPLETE_REPORT_SECONDS)
         if row.phase is Phase.PENDING and self.task.spec.suspend and not self.task.spec.cancel:
             return
         missing = row.phase is Phase.PENDING and row.node not in self.roster.nodes
         reason = NODE_NOT_FOUND if missing else NOT_CONNECTED
+        waits = row.phase is Phase.PENDING and row.attempt > 0
+        before = f"; {self._last(row)}" if waits else ""
         if self.now >= due:
             text = "there is no Node of this name" if missing else "its agent has not come back"
-            message = f"{text} within {self.policy.lost_after:g} s"
-            self.rows[row.node] = row.to(Phase.LOST, reason, message)
+            message = f"{text} within {self.policy.lost_after:g} s{before}"
+            self.rows[row.node] = row.to(Phase.LOST, reason, message, retry_nanos=0)
             return
         self.wake(due)
         if row.phase is Phase.PENDING and row.reason != reason:
             text = "there is no Node of this name" if missing else "its agent is not connected"
-            self.rows[row.node] = row.noting(reason, text)
+            self.rows[row.node] = row.noting(reason, text + before)
 
     def _unanswered(self, row: NodeRun) -> None:
         """A connected agent that answers nothing must not keep a task open for ever."""
@@ -225,7 +149,9 @@ class _Planner:
             return Stop(Phase.SKIPPED, "DeadlineExceeded", message, True)
         if not spec.suspend:
             self.wake(self.deadline)
-        failures = sum(row.phase in FAILURES for row in self.rows.values())
+        failures = sum(
+            row.phase in FAILURES and not self._has_attempts_left(row) for row in self.rows.values()
+        )
         allowed = resolve(spec.rollout.max_failures, len(self.rows), up=False)
         if failures > allowed:
             message = f"{failures} nodes failed, and spec.rollout.maxFailures allows {allowed}"
@@ -235,10 +161,48 @@ class _Planner:
     def end(self, stop: Stop) -> None:
         """Begin nothing more, and end what runs where the reason asks for it."""
         for row in list(self.rows.values()):
-            if row.phase is Phase.PENDING:
+            if row.phase is Phase.PENDING and row.last_phase is not None:
+                # It has begun and failed: to call it Skipped would hide that.
+                message = f"{self._last(row)}; not tried again: {stop.message}"
+                self.rows[row.node] = row.to(
+                    row.last_phase, row.last_reason, message, last_phase=None, last_reason="",
+                    retry_nanos=0,
+                )  # fmt: skip
+            elif row.phase is Phase.PENDING:
                 self.rows[row.node] = row.to(stop.phase, stop.reason, stop.message)
             elif row.phase in IN_FLIGHT and stop.ends_running:
                 self._cancel(row, stop)
+
+    def _has_attempts_left(self, row: NodeRun) -> bool:
+        return row.phase in RETRIED and row.attempt <= self.task.spec.retries
+
+    def _last(self, row: NodeRun) -> str:
+        """How the last attempt of a row that waits for another ended."""
+        why = f" ({row.last_reason})" if row.last_reason else ""
+        return f"attempt {row.attempt} of {self.task.spec.retries + 1} ended {row.last_phase}{why}"
+
+    def try_again(self) -> None:
+        """Put back in line what failed and has attempts left, and what was given up unbegun."""
+        late = self.roster.agents if self.task.spec.late_nodes == "Run" else {}
+        for row in list(self.rows.values()):
+            if self._has_attempts_left(row) or (row.phase is Phase.PENDING and row.attempt):
+                self._keep_for_later(row)
+            elif row.phase is Phase.LOST and not row.attempt and row.node in late:
+                self.rows[row.node] = row.to(Phase.PENDING)
+
+    def _keep_for_later(self, row: NodeRun) -> None:
+        at = int((self.now + self.policy.wait(row.attempt)) * 1e9)
+        if row.phase is Phase.PENDING:
+            # No longer than it ever is: the leader that wrote the time may have had another clock.
+            if row.retry_nanos > at:
+                self.rows[row.node] = msgspec.structs.replace(row, retry_nanos=at)
+            return
+        kept = row.to(
+            Phase.PENDING, FOR_RETRY, last_phase=row.phase, last_reason=row.reason, retry_nanos=at
+        )
+        self.rows[row.node] = kept = kept.noting(FOR_RETRY, self._last(kept))
+        if row.node not in self.roster.agents:
+            self._absent(kept)
 
     def _cancel(self, row: NodeRun, stop: Stop) -> None:
         agent = self.roster.agents.get(row.node)
@@ -272,22 +236,55 @@ class _Planner:
         """Give nodes their turn, as many as maxConcurrent and the present wave leave room for.
 
         A wave is a number of nodes, not certain ones: a node that is not connected keeps its turn
-        for later and holds up nobody.
+        for later and holds up nobody. A node that tries again has its place in its wave already.
         """
+        spec = self.task.spec
         rows = list(self.rows.values())
-        in_flight = sum(row.phase in IN_FLIGHT for row in rows)
-        begun = sum(row.phase is not Phase.PENDING for row in rows)
-        most = max(1, resolve(self.task.spec.rollout.max_concurrent, len(rows), up=True))
-        room = min(most - in_flight, self._wave_end() - begun)
+        most = max(1, resolve(spec.rollout.max_concurrent, len(rows), up=True))
+        room = 0 if spec.suspend else most - sum(row.phase in IN_FLIGHT for row in rows)
+        fresh = 0 if spec.suspend else self._wave_end() - sum(row.begun for row in rows)
         for row in rows:
-            if room <= 0:
-                break
             if row.phase is not Phase.PENDING or row.node not in self.roster.agents:
                 continue
-            self.rows[row.node] = row.to(Phase.DISPATCHED, attempt=row.attempt + 1)
-            self.sends.append(row.node)
-            self.heard[row.node] = self.now
-            room -= 1
+            again = row.attempt > 0
+            if room > 0 and (self._due(row) if again else fresh > 0):
+                self._dispatch(row)
+                room -= 1
+            elif again:
+                self._wait(row, FOR_RETRY, self._last(row))
+            else:
+                reason = SUSPENDED if spec.suspend else FOR_TURN if fresh > 0 else FOR_WAVE
+                self._wait(row, reason, _WAITS[reason])
+            # Those that wait for their turn take up room in the wave too.
+            fresh -= not again
+
+    def _due(self, row: NodeRun) -> bool:
+        """Whether the time before the next attempt is over."""
+        self.wake(row.retry_nanos / 1e9)
+        return self.now >= row.retry_nanos / 1e9
+
+    def _dispatch(self, row: NodeRun) -> None:
+        self.rows[row.node] = NodeRun(
+            node=row.node,
+            phase=Phase.DISPATCHED,
+            attempt=row.attempt + 1,
+            last_phase=row.last_phase,
+            last_reason=row.last_reason,
+        )
+        self.sends.append(row.node)
+        self.heard[row.node] = self.now
+        self.cancelled.pop(row.node, None)
+
+    def _wait(self, row: NodeRun, reason: str, message: str) -> None:
+        if (row.reason, row.message) != (reason, message):
+            self.rows[row.node] = row.noting(reason, message)
+
+    def note_nodes(self) -> None:
+        """Say of nodes that have not ended whether they are cordoned or not ready."""
+        for row in self.rows.values():
+            state = self.roster.facts.get(row.node, NO_FACTS).state
+            if row.phase not in FINAL and row.node_state != state:
+                self.rows[row.node] = msgspec.structs.replace(row, node_state=state)
 
     def _wave_end(self) -> int:
         """How many nodes may have begun now: as many as the waves up to the present one hold."""

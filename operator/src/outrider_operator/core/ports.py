@@ -39,7 +39,7 @@ class Change:
         body: the object as it is, or last was.
     """
 
-    kind: Literal["AgentTask", "AgentConfig", "Node", "Agent"]
+    kind: Literal["AgentTask", "AgentTaskSchedule", "AgentConfig", "Node", "Agent"]
     gone: bool
     body: Mapping[str, Any]
 
@@ -87,6 +87,38 @@ class TaskStore(Protocol):
         """Post a Kubernetes Event about an object; never fails, is only worth trying."""
 
 
+class ScheduleStore(Protocol):
+    """AgentTaskSchedules and the tasks they make."""
+
+    async def list_schedules(self) -> list[Object]:
+        """All AgentTaskSchedules of the cluster."""
+
+    async def get_schedule(self, namespace: str, name: str) -> Object:
+        """One AgentTaskSchedule. Raises NotFoundError."""
+
+    async def write_schedule_status(
+        self, schedule: Mapping[str, Any], status: Mapping[str, Any]
+    ) -> Object:
+        """Replace the status at this resourceVersion. Raises ConflictError, NotFoundError."""
+
+    async def list_tasks_of(self, schedule: Mapping[str, Any]) -> list[Object]:
+        """The AgentTasks a schedule has made."""
+
+    async def create_task(self, task: Mapping[str, Any]) -> Object:
+        """Make an AgentTask. Raises ConflictError where there is one of its name."""
+
+    async def get_task(self, namespace: str, name: str) -> Object:
+        """One AgentTask. Raises NotFoundError."""
+
+    async def delete_task(self, task: Mapping[str, Any]) -> None:
+        """Delete the task with this UID. Raises ConflictError, NotFoundError."""
+
+    async def tell(
+        self, subject: Mapping[str, Any], kind: Literal["Normal", "Warning"], reason: str, text: str
+    ) -> None:
+        """Post a Kubernetes Event about an object; never fails, is only worth trying."""
+
+
 class AgentStore(Protocol):
     """Agent objects, one per node."""
 
@@ -107,7 +139,7 @@ class NodeStore(Protocol):
     """Nodes."""
 
     async def list_nodes(self) -> list[Object]:
-        """Metadata of all Nodes."""
+        """All Nodes, as core.nodes.slim gives them."""
 
 
 class ConfigStore(Protocol):

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from outrider_operator.core.planner import AgentView, Roster
+from outrider_operator.core.nodes import NodeFacts
+from outrider_operator.core.plans import AgentView, Roster
 from outrider_operator.core.status import condition
 from outrider_operator.core.times import seconds, seconds_of
 
@@ -110,8 +111,8 @@ class Registry:
         self.sessions[node] = replace(known, reported=now)
         return True
 
-    def roster(self, nodes: Collection[str]) -> Roster:
-        """Who is there, for the planner. `nodes`: names of all Nodes."""
+    def roster(self, nodes: Collection[str], facts: Mapping[str, NodeFacts]) -> Roster:
+        """Who is there, for the planner. `nodes`: names of all Nodes; `facts`: more of them."""
         return Roster(
             agents={
                 name: AgentView(s.session, s.since, s.reported) for name, s in self.sessions.items()
@@ -119,6 +120,7 @@ class Registry:
             away={name: departure.since for name, departure in self.departures.items()},
             since=self.since,
             nodes=frozenset(nodes),
+            facts=facts,
         )
 
 

@@ -20,9 +20,9 @@ TASK_LABEL: Final = "outrider.dev/task"
 #: Most rows of one report.
 MAX_ROWS: Final = 200
 #: Largest report as the API server stores it, bytes.
-MAX_BYTES: Final = 900_000
-#: A row without its preview: name, times, reason, and 1 KiB of message.
-ROW_BYTES: Final = 1_800
+MAX_BYTES: Final = 950_000
+#: A row without its preview: name, times, reasons, and 1 KiB of message.
+ROW_BYTES: Final = 2_100
 MESSAGE_BYTES: Final = 1_024
 
 #: Objects are stored as Go writes JSON: these characters become six bytes.
@@ -66,6 +66,21 @@ def cut(names: Sequence[str], preview_bytes: int) -> list[tuple[str, ...]]:
     """Node names in slices."""
     size = rows_per_slice(preview_bytes)
     return [tuple(names[i : i + size]) for i in range(0, len(names), size)]
+
+
+def extend(
+    parts: Sequence[tuple[str, ...]], names: Sequence[str], preview_bytes: int
+) -> list[tuple[str, ...]]:
+    """Slices with more names: first where there is room, then in new ones.
+
+    Nobody changes slice, and many nodes that join one by one make no more objects than together.
+    """
+    size, left, found = rows_per_slice(preview_bytes), list(names), list[tuple[str, ...]]()
+    for part in parts:
+        room = max(0, size - len(part))
+        found.append((*part, *left[:room]))
+        left = left[room:]
+    return found + cut(left, preview_bytes)
 
 
 def slice_name(task: Task, index: int) -> str:
@@ -137,6 +152,10 @@ def _to_entry(row: NodeRun, preview_limit: int) -> dict[str, Any]:
         "preview": clip(row.preview, preview_limit),
         "outputBytes": row.output_bytes,
         "outputTruncated": row.output_truncated,
+        "lastPhase": row.last_phase.value if row.last_phase else "",
+        "lastReason": row.last_reason,
+        "retryTime": micros(row.retry_nanos) if row.retry_nanos else "",
+        "nodeState": row.node_state,
     }
     entry.update((key, value) for key, value in optional.items() if value)
     if row.exit_code is not None:
@@ -157,6 +176,10 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     preview: str = ""
     output_bytes: int = 0
     output_truncated: bool = False
+    last_phase: str = ""
+    last_reason: str = ""
+    retry_time: str = ""
+    node_state: str = ""
 
 
 def _from_entry(raw: Mapping[str, Any]) -> NodeRun:
@@ -177,4 +200,8 @@ def _from_entry(raw: Mapping[str, Any]) -> NodeRun:
         preview=entry.preview,
         output_bytes=entry.output_bytes,
         output_truncated=entry.output_truncated,
+        last_phase=Phase(entry.last_phase) if entry.last_phase else None,
+        last_reason=entry.last_reason,
+        retry_nanos=nanos_of(entry.retry_time) if entry.retry_time else 0,
+        node_state=entry.node_state,
     )

@@ -40,7 +40,7 @@ def verdict(task: Task, rows: Rows) -> Verdict:
     phases = Counter(row.phase for row in rows.values())
     done, total = phases[Phase.SUCCEEDED], len(rows)
     if any(phase not in FINAL for phase in phases):
-        return _unfinished(task, phases, total)
+        return _unfinished(task, rows)
     told = f"{done} of {total} nodes succeeded"
     failures = sum(phases[phase] for phase in FAILURES)
     if done == total:
@@ -57,13 +57,14 @@ def verdict(task: Task, rows: Rows) -> Verdict:
     return Verdict(TaskPhase.FAILED, "NodesFailed", f"{told}; {failures} failed")
 
 
-def _unfinished(task: Task, phases: Counter[Phase], total: int) -> Verdict:
-    told = f"{total - phases[Phase.PENDING]} of {total} nodes have begun"
+def _unfinished(task: Task, rows: Rows) -> Verdict:
+    begun = sum(row.begun for row in rows.values())
+    told = f"{begun} of {len(rows)} nodes have begun"
     if task.spec.cancel or task.deleting:
         return Verdict(TaskPhase.RUNNING, "Cancelling", told)
     if task.spec.suspend:
         return Verdict(TaskPhase.SUSPENDED, "Suspended", f"{told}; spec.suspend is set")
-    if phases[Phase.PENDING] == total:
+    if begun == 0:
         return Verdict(TaskPhase.PENDING, "WaitingForAgents", "no node has begun yet")
     return Verdict(TaskPhase.RUNNING, "InProgress", told)
 

@@ -7,6 +7,8 @@ agents there are come in as arguments.
 import hashlib
 from collections.abc import Collection, Mapping
 
+import msgspec
+
 from outrider_operator.core.model import LabelSelector, NodeRun, Requirement, Target, resolve
 
 #: Reasons of rows that cannot begin yet.
@@ -71,6 +73,35 @@ def targets(
     if target.sample is not None:
         ordered = ordered[: max(1, resolve(target.sample, len(ordered), up=True))]
     return ordered
+
+
+def late(
+    target: Target,
+    uid: str,
+    nodes: Mapping[str, Mapping[str, str]],
+    agents: Collection[str],
+    known: Collection[str],
+) -> list[str]:
+    """Names of nodes that a task was not for when it began and is now, in the order of turns.
+
+    A sample stays of its size: of the nodes that are there now and those it has already, the
+    first in the task's random order, and no more.
+
+    Args:
+        target: spec.target.
+        uid: UID of the task, the seed of the order.
+        nodes: Labels of every Node, by name.
+        agents: Names of the nodes that have, or had, an agent.
+        known: names of the nodes that the task has rows for.
+    """
+    fits = targets(msgspec.structs.replace(target, sample=None), uid, nodes, agents)
+    new = [name for name in fits if name not in known]
+    if not new or target.sample is None:
+        return new
+    everybody = sorted({*fits, *known}, key=lambda name: rank(uid, name))
+    size = max(1, resolve(target.sample, len(everybody), up=True))
+    chosen = set(everybody[:size])
+    return [name for name in new if name in chosen][: max(0, size - len(known))]
 
 
 def first_rows(

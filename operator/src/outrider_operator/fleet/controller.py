@@ -15,6 +15,7 @@ from outrider_proto.v1.fleet_pb2 import AgentSession, LinkResponse, NodeRunRepor
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.nodes import NodeFacts, facts
 from outrider_operator.core.ports import (
     Change,
     Cluster,
@@ -59,6 +60,7 @@ class Controller:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._nodes: dict[str, Mapping[str, str]] = {}
+        self._facts: dict[str, NodeFacts] = {}
         self.registry = Registry(time.time())
         self._agents = AgentKeeper(
             cluster, self.registry, self._nodes, settings.agents, metrics, time.time
@@ -81,6 +83,8 @@ class Controller:
             now=time.time,
             settings=settings.tasks,
             ended=lambda phase: metrics.tasks_ended.labels(phase).inc(),
+            facts=self._facts,
+            retried=metrics.retries.inc,
         )
         self._log = get_logger("outrider.controller")
 
@@ -173,16 +177,28 @@ class Controller:
         self._count_tasks()
 
     def _see_node(self, body: Mapping[str, Any], gone: bool) -> None:
-        meta = body["metadata"]
+        name = body["metadata"]["name"]
+        before = (self._nodes.get(name), self._facts.get(name))
         if gone:
-            self._nodes.pop(meta["name"], None)
+            self._nodes.pop(name, None)
+            self._facts.pop(name, None)
         else:
-            self._nodes[meta["name"]] = meta.get("labels") or {}
+            self._nodes[name] = body["metadata"].get("labels") or {}
+            self._facts[name] = facts(body)
+        if before != (self._nodes.get(name), self._facts.get(name)):
+            self._wake_concerned(name)
 
     def _take_nodes(self, bodies: Iterable[Mapping[str, Any]]) -> None:
-        self._nodes.clear()
-        for body in bodies:
+        found = {body["metadata"]["name"]: body for body in bodies}
+        for name in self._nodes.keys() - found.keys():
+            self._see_node({"metadata": {"name": name}}, gone=True)
+        for body in found.values():
             self._see_node(body, gone=False)
+
+    def _wake_concerned(self, node: str) -> None:
+        for uid, runner in self._open.items():
+            if runner.concerns(node):
+                self._queue.add(uid, self._settings.batch_millis / 1000)
 
     async def reread_nodes(self) -> None:
         """Read all Nodes anew. Raises ClusterError."""
@@ -249,9 +265,7 @@ class Controller:
     def _agent_changed(self, node: str) -> None:
         # A stream that is replaced ends and begins again within moments: one write for both.
         self._agents.changed(node, 0.2)
-        for uid, runner in self._open.items():
-            if runner.concerns(node):
-                self._queue.add(uid, self._settings.batch_millis / 1000)
+        self._wake_concerned(node)
 
     def _take_reports(self, reports: Iterable[NodeRunReport]) -> None:
         for report in reports:

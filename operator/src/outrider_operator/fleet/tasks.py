@@ -17,11 +17,15 @@ from outrider_operator.core import commands, merge, planner, slices, targeting
 from outrider_operator.core.model import (
     TASK_FINAL,
     NodeRun,
+    Phase,
+    Rows,
     Task,
     TaskPhase,
     parse_spec,
     unsupported,
 )
+from outrider_operator.core.nodes import NodeFacts
+from outrider_operator.core.plans import Memory, Plan, Policy
 from outrider_operator.core.ports import Cluster, NotFoundError, Object, version_of
 from outrider_operator.core.registry import Registry
 from outrider_operator.core.status import Verdict, status, verdict
@@ -44,6 +48,8 @@ class World:
         send: hands commands for nodes to their gateways.
         now: seconds since the Unix epoch.
         ended: told the phase of each task that reaches its end.
+        facts: state and age of Nodes, by name.
+        retried: told how many nodes are to try again.
     """
 
     cluster: Cluster
@@ -53,6 +59,8 @@ class World:
     now: Callable[[], float]
     settings: TaskSettings
     ended: Callable[[str], None]
+    facts: Mapping[str, NodeFacts] = field(default_factory=dict)
+    retried: Callable[[int], None] = lambda _: None
 
 
 @dataclass
@@ -89,6 +97,13 @@ def parse_task(body: Mapping[str, Any]) -> Task:
     )
 
 
+def _retries(before: Rows, after: Rows) -> int:
+    return sum(
+        row.phase is Phase.PENDING and row.attempt > 0 and before[name].phase is not Phase.PENDING
+        for name, row in after.items()
+    )
+
+
 class TaskRunner:
     """One task. Raises what core.ports raises; the caller tries again."""
 
@@ -99,7 +114,7 @@ class TaskRunner:
         self._rows: dict[str, NodeRun] = {}
         self._versions: list[str] = []
         self._loaded = False
-        self._memory = planner.Memory()
+        self._memory = Memory()
         self._pending: dict[str, _Pending] = {}
         self._taken: dict[str, _Pending] = {}
         self._deleting_since: float | None = None
@@ -133,8 +148,10 @@ class TaskRunner:
         self._pending.setdefault(node, _Pending()).add(states, complete)
 
     def concerns(self, node: str) -> bool:
-        """Whether a change of this node's agent could matter."""
-        return not self.final and (not self._loaded or node in self._rows)
+        """Whether a change of this node, or of its agent, could matter."""
+        if self.final:
+            return False
+        return not self._loaded or node in self._rows or self.body["spec"].get("lateNodes") == "Run"
 
     async def advance(self) -> float | None:
         """Do what is to be done now. Returns in how many seconds to come back, if at all."""
@@ -175,24 +192,24 @@ class TaskRunner:
         if reason is not None:
             await self._finish(task, Verdict(TaskPhase.FAILED, "NotSupported", reason))
             return False
-        registry, nodes = self._world.registry, self._world.nodes
-        # An Agent outlives its Node for a while: such a one is no node to wait for.
-        agents = registry.sessions.keys() | (registry.departures.keys() & nodes.keys())
-        names = targeting.targets(task.spec.target, task.uid, nodes, agents)
+        nodes = self._world.nodes
+        names = targeting.targets(task.spec.target, task.uid, nodes, self._agents())
         if not names:
             text = "spec.target selects no node: check its labels and that agents are running"
             await self._finish(task, Verdict(TaskPhase.FAILED, "NoMatchingNodes", text))
             return False
+        begun = msgspec.structs.replace(task, started=self._world.now())
         # Before its time begins, nothing was sent: what an earlier try left is written over.
-        rows = targeting.first_rows(names, nodes.keys(), registry.sessions.keys())
+        rows = targeting.first_rows(names, nodes.keys(), self._world.registry.sessions.keys())
+        # What each waits for is written at once, not at the next step to every report again.
+        rows = planner.without_intents(rows, self._plan(begun, rows).rows)
         self._slices = slices.cut(names, task.spec.output.preview_bytes)
         # Reports that an earlier try made and this one does not need become empty.
         self._slices += [()] * (len(self._versions) - len(self._slices))
         self._rows = {}
         await self._set_finalizer(True)
         await self._write(task, rows, range(len(self._slices)))
-        now = self._world.now()
-        begun = msgspec.structs.replace(task, started=now)
+        begun = msgspec.structs.replace(task, started=self._world.now())
         await self._write_status(begun, verdict(begun, self._rows))
         text = f"runs on {len(rows)} nodes"
         await self._world.cluster.tell(self.body, "Normal", "Started", text)
@@ -204,23 +221,38 @@ class TaskRunner:
         await self._write_status(begun, verdict(begun, self._rows))
         return begun
 
+    def _agents(self) -> set[str]:
+        """Nodes that have, or had, an agent."""
+        registry = self._world.registry
+        # An Agent outlives its Node for a while: such a one is no node to wait for.
+        return registry.sessions.keys() | (registry.departures.keys() & self._world.nodes.keys())
+
+    def _plan(self, task: Task, rows: Rows) -> Plan:
+        world, settings = self._world, self._world.settings
+        policy = Policy(
+            settings.lost_after_seconds,
+            settings.retry_backoff_seconds,
+            settings.retry_backoff_cap_seconds,
+        )
+        roster = world.registry.roster(world.nodes.keys(), world.facts)
+        return planner.plan(task, rows, roster, self._memory, policy, world.now())
+
     async def _carry_out(self, task: Task) -> float | None:
-        world, now = self._world, self._world.now()
         merged = self._merge()
-        heard = {**self._memory.heard, **dict.fromkeys(merged.heard, now)}
-        memory = planner.Memory(heard, self._memory.cancelled, self._memory.wave)
-        roster = world.registry.roster(world.nodes.keys())
-        policy = planner.Policy(world.settings.lost_after_seconds)
-        plan = planner.plan(task, merged.rows, roster, memory, policy, now)
+        rows = self._with_late_nodes(task, merged.rows)
+        heard = {**self._memory.heard, **dict.fromkeys(merged.heard, self._world.now())}
+        self._memory = Memory(heard, self._memory.cancelled, self._memory.wave)
+        plan = self._plan(task, rows)
         touched = slices.changed(self._slices, self._rows, plan.rows)
         if len(touched) > 1:
-            first = planner.without_intents(merged.rows, plan.rows)
+            first = planner.without_intents(rows, plan.rows)
             await self._write(task, first, slices.changed(self._slices, self._rows, first))
             touched = slices.changed(self._slices, self._rows, plan.rows)
         await self._write(task, plan.rows, touched)
         self._memory = plan.memory
         self._taken = {}
-        world.send(self._commands(task, plan, merged.ended))
+        self._world.retried(_retries(rows, plan.rows))
+        self._world.send(self._commands(task, plan, merged.ended))
         found = verdict(task, self._rows)
         ended = found.phase in TASK_FINAL
         if ended:
@@ -228,6 +260,19 @@ class TaskRunner:
             return 0.0
         await self._write_status(task, found)
         return await self._come_back(task, plan.wakeup)
+
+    def _with_late_nodes(self, task: Task, rows: dict[str, NodeRun]) -> dict[str, NodeRun]:
+        """The rows, with those of nodes that joined since, where the task wants them."""
+        if task.spec.late_nodes != "Run" or task.spec.cancel or task.deleting:
+            return rows
+        nodes, sessions = self._world.nodes, self._world.registry.sessions
+        target = task.spec.target
+        late = targeting.late(target, task.uid, nodes, self._agents(), rows.keys())
+        if not late:
+            return rows
+        self._slices = slices.extend(self._slices, late, task.spec.output.preview_bytes)
+        self._log.info("nodes joined the task", nodes=len(late))
+        return {**rows, **targeting.first_rows(late, nodes.keys(), sessions.keys())}
 
     def _merge(self) -> merge.Merged:
         """Put reports into the rows; they are kept until `_taken` is cleared after the write."""
@@ -241,7 +286,7 @@ class TaskRunner:
         return merge.merge(self._rows, reports)
 
     def _commands(
-        self, task: Task, plan: planner.Plan, ended: Iterable[tuple[str, int]]
+        self, task: Task, plan: Plan, ended: Iterable[tuple[str, int]]
     ) -> list[tuple[str, Command]]:
         found = [(node, Command(run_acks=[commands.run_id(task.uid, n)])) for node, n in ended]
         for node in plan.sends:

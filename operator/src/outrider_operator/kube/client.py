@@ -6,7 +6,7 @@ Never logs a request's content: TokenReviews hold tokens.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -32,7 +32,7 @@ PAGE: Final = 500
 JSON: Final = "application/json"
 MERGE_PATCH: Final = "application/merge-patch+json"
 JSON_PATCH: Final = "application/json-patch+json"
-METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+TABLE: Final = "application/json;as=Table;g=meta.k8s.io;v=v1"
 
 
 async def configuration(kubeconfig: str) -> Configuration:
@@ -145,18 +145,22 @@ class KubeClient:
         decoded: Object = msgspec.json.decode(content) if content else {}
         return decoded
 
-    async def read_all(self, target: str, *, accept: str = JSON) -> list[Object]:
+    async def read_all(self, target: str) -> list[Object]:
         """All items of a list, read page by page. Raises as `request`."""
-        found: list[Object] = []
+        pages = [page async for page in self.pages(target)]
+        return [item for page in pages for item in page.get("items") or []]
+
+    async def pages(self, target: str, *, accept: str = JSON) -> AsyncIterator[Object]:
+        """A list, page by page. Raises as `request`."""
         token = ""
         while True:
             separator = "&" if "?" in target else "?"
             query = urlencode({"limit": PAGE, **({"continue": token} if token else {})})
             answer = await self.request("GET", f"{target}{separator}{query}", accept=accept)
-            found.extend(answer.get("items") or [])
+            yield answer
             token = (answer.get("metadata") or {}).get("continue") or ""
             if not token:
-                return found
+                return
 
     async def merge_patch(self, target: str, body: Mapping[str, Any]) -> Object:
         """Change some fields of an object. Raises as `request`."""

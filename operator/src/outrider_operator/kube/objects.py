@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
+from outrider_operator.core import nodes
 from outrider_operator.core.ports import (
     ClusterError,
     ClusterUnavailableError,
@@ -19,7 +20,7 @@ from outrider_operator.core.ports import (
 )
 from outrider_operator.core.slices import API_VERSION, TASK_LABEL
 from outrider_operator.core.times import seconds
-from outrider_operator.kube.client import METADATA_ONLY, KubeClient, path
+from outrider_operator.kube.client import TABLE, KubeClient, path
 
 GROUP: Final = ("apis", "outrider.dev", "v1alpha1")
 #: Keeps a task that runs until its runs have been ended.
@@ -144,8 +145,15 @@ class ClusterStore:
         await self._kube.request("DELETE", path(*GROUP, "agents", node))
 
     async def list_nodes(self) -> list[Object]:
-        """Metadata of all Nodes: the whole objects would be 20 KB each."""
-        return await self._kube.read_all(path("api", "v1", "nodes"), accept=METADATA_ONLY)
+        """What is looked at of all Nodes: the whole objects would be 20 KB each.
+
+        The table that kubectl prints has it all: metadata, and in one word or two the state.
+        """
+        pages = self._kube.pages(path("api", "v1", "nodes"), accept=TABLE)
+        try:
+            return [node async for page in pages for node in nodes.from_table(page)]
+        except ValueError as error:
+            raise ClusterError(f"GET /api/v1/nodes: {error}") from error
 
     async def write_config_status(self, name: str, status: Mapping[str, Any]) -> Object:
         """Change the status of an AgentConfig."""

@@ -1,4 +1,4 @@
-"""Watches AgentTasks, AgentConfigs, Agents and Nodes with kopf, and passes on what it sees.
+"""Watches Outrider's kinds and Nodes with kopf, and passes on what it sees.
 
 kopf runs in a thread and loop of its own, for it cancels every asyncio task that was born after it
 when it stops. Handlers only hand over: no decision, no request, no state on objects. When kopf
@@ -19,6 +19,7 @@ from kubernetes.aio.client import Configuration
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core import nodes
 from outrider_operator.core.ports import Change, version_of
 from outrider_operator.metrics import ServerMetrics
 
@@ -29,7 +30,9 @@ BLIND_SECONDS: Final = 45.0
 #: kopf has so long to end when it is told to, seconds.
 STOP_SECONDS: Final = 10.0
 
-Kind = Literal["AgentTask", "AgentConfig", "Node", "Agent"]
+Kind = Literal["AgentTask", "AgentTaskSchedule", "AgentConfig", "Node", "Agent"]
+#: Kinds that are listed now and then, to see whether the watches have shown them.
+CHECKED: Final = ("AgentTask", "AgentTaskSchedule")
 
 
 class Watches:
@@ -159,6 +162,7 @@ class Watches:
         kopf.on.login(registry=registry)(self._login)
         watched: tuple[tuple[tuple[str, ...], Kind], ...] = (
             (("outrider.dev", "v1alpha1", "agenttasks"), "AgentTask"),
+            (("outrider.dev", "v1alpha1", "agenttaskschedules"), "AgentTaskSchedule"),
             (("outrider.dev", "v1alpha1", "agentconfigs"), "AgentConfig"),
             (("outrider.dev", "v1alpha1", "agents"), "Agent"),
             (("", "v1", "nodes"), "Node"),
@@ -188,8 +192,7 @@ class Watches:
         async def handle(event: Mapping[str, Any], **_: Any) -> None:
             body = event["object"]
             if kind == "Node":
-                # The rest of a Node is 20 KB that nobody looks at.
-                body = {"metadata": {k: body["metadata"].get(k) for k in ("name", "uid", "labels")}}
+                body = nodes.slim(body)
             gone = event["type"] == "DELETED"
             change = Change(kind, gone, body)
             self._to_owner(lambda: self._hand_over(change))
@@ -205,7 +208,7 @@ class Watches:
     def _hand_over(self, change: Change) -> None:
         self._metrics.watch_events.labels(change.kind).inc()
         self._metrics.watch_last.set_to_current_time()
-        if change.kind == "AgentTask":
+        if change.kind in CHECKED:
             self._seen[change.body["metadata"]["uid"]] = version_of(change.body)
         self._on_change(change)
 
