@@ -486,7 +486,11 @@ def test_a_config_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=str)
 def test_examples_are_taken(control_plane: ControlPlane, example: Any) -> None:
     for body in yaml.safe_load_all(example.read_text()):
-        path = TASKS if body["kind"] == "AgentTask" else f"{GROUP}/agentconfigs"
+        path = {
+            "AgentTask": TASKS,
+            "AgentTaskSchedule": f"{GROUP}/namespaces/default/agenttaskschedules",
+            "AgentConfig": f"{GROUP}/agentconfigs",
+        }[body["kind"]]
         control_plane.request("POST", path + STRICT, body)
 
 
@@ -496,5 +500,11 @@ def test_kubectl_explain_reads_well(control_plane: ControlPlane) -> None:
     kinds = control_plane.kubectl("api-resources", "--categories=outrider", "-o=name").split()
     assert sorted(kinds) == [
         f"{plural}.outrider.dev"
-        for plural in ("agentconfigs", "agents", "agenttaskreports", "agenttasks")
+        for plural in (
+            "agentconfigs",
+            "agents",
+            "agenttaskreports",
+            "agenttasks",
+            "agenttaskschedules",
+        )
     ]

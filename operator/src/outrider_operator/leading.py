@@ -1,4 +1,4 @@
-"""Ties the API server, the links and the controller together on the replica that leads.
+"""Ties the API server, the links and the controllers together on the replica that leads.
 
 Began when the Lease is won, cancelled when it is lost or the server stops. Decides nothing about
 tasks; knows kube/ and fleet/, which do not know each other.
@@ -6,6 +6,7 @@ tasks; knows kube/ and fleet/, which do not know each other.
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -14,12 +15,14 @@ from outrider_runtime.backoff import Backoff
 from outrider_runtime.health import Health
 from outrider_runtime.logs import get_logger
 
-from outrider_operator.core.ports import Cluster, ClusterError
+from outrider_operator.core.ports import Change, ClusterError, Object
 from outrider_operator.fleet.controller import RESYNC_SECONDS, Controller
 from outrider_operator.fleet.links import Links
+from outrider_operator.fleet.schedules import Schedules
 from outrider_operator.kube.client import FencedClient, KubeClient
 from outrider_operator.kube.lease import Candidate
 from outrider_operator.kube.objects import ClusterStore
+from outrider_operator.kube.schedules import ScheduleObjects
 from outrider_operator.kube.tokens import reviewer
 from outrider_operator.kube.watch import Watches
 from outrider_operator.metrics import ServerMetrics
@@ -88,36 +91,49 @@ class Leadership:
 
     async def _lead(self, term: int, candidate: Candidate) -> None:
         fenced = FencedClient(self._kube, lambda: candidate.leads)
-        cluster: Cluster = ClusterStore(
+        cluster = ClusterStore(
             fenced, self._replica, lambda result: self._metrics.events_posted.labels(result).inc()
         )
+        schedules = Schedules(ScheduleObjects(fenced, cluster), self._metrics, time.time)
         self._metrics.leads.set(1)
         self._metrics.leader_terms.inc()
         try:
             controller = Controller(cluster, self._settings, self._metrics)
             await _until_done(controller.load, "the cluster cannot be read")
+            await _until_done(schedules.resync, "the schedules cannot be read")
+
+            def changed(change: Change) -> None:
+                controller.changed(change)
+                schedules.changed(change)
+
+            async def resync() -> list[Object]:
+                return [*await controller.resync(), *await schedules.resync()]
+
             links = Links(
                 self._settings.fleet, self._replica, term, self._ca, controller, self._metrics
             )
-            watches = self._watches = Watches(self._config, controller.changed, self._metrics)
+            watches = self._watches = Watches(self._config, changed, self._metrics)
             async with asyncio.TaskGroup() as group:
                 group.create_task(controller.run(links), name="controller")
+                group.create_task(schedules.run(), name="schedules")
                 group.create_task(links.run(), name="links")
-                group.create_task(watches.run(lambda: _tried(controller.resync)), name="watches")
-                group.create_task(_resync(controller, watches), name="resync")
+                group.create_task(watches.run(lambda: _tried(resync)), name="watches")
+                group.create_task(_resync(controller, resync, watches), name="resync")
         finally:
             self._watches = None
             self._metrics.leads.set(0)
             self._metrics.leader_links.set(0)
 
 
-async def _resync(controller: Controller, watches: Watches) -> None:
-    """Read all tasks now and then, and see whether the watches have shown them."""
+async def _resync(
+    controller: Controller, resync: Callable[[], Awaitable[list[Object]]], watches: Watches
+) -> None:
+    """Read tasks and schedules now and then, and see whether the watches have shown them."""
     rounds = 0
     while True:
         await asyncio.sleep(RESYNC_SECONDS)
         rounds += 1
-        listed = await _tried(controller.resync)
+        listed = await _tried(resync)
         if listed is not None:
             watches.check(listed)
         if rounds % NODES_EVERY == 0:
