@@ -156,6 +156,9 @@ generated
     "caFile" "/etc/outrider/tls/ca.crt"
     "tokenFile" "/var/run/secrets/outrider/token")
   "state" (dict "directory" "/var/lib/outrider")
+  "tasks" (dict
+    "allowHost" (eq .Values.agent.hostAccess "full")
+    "allowedUsers" .Values.agent.allowedUsers)
 -}}
 {{- mergeOverwrite $settings (deepCopy .Values.agent.settings) | toYaml -}}
 {{- end -}}
