@@ -1,6 +1,7 @@
 """Restart and Shutdown of the agent as a process: reported once, and what it is afterwards."""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ async def test_restarts_leave_no_descriptors_behind(tmp_path: Path, authority: A
         counts = []
         for number in range(3):
             stream = await server.gateway.stream(number)
-            await server.gateway.until(lambda stream=stream: stream.complete_reports)
+            await server.gateway.until(partial(getattr, stream, "complete_reports"))
             counts.append(len(list(Path(f"/proc/{agent.process.pid}/fd").iterdir())))
             stream.send(builtin(f"restart-{number}", pb.BUILTIN_RESTART))
         assert counts[2] <= counts[0] + 1, counts

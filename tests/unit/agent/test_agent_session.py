@@ -19,6 +19,7 @@ from outrider_agent.core.session import (
     RunsAcked,
     RunsRequested,
     Session,
+    TaskRequested,
     Want,
     Welcomed,
 )
@@ -168,12 +169,14 @@ def test_what_happens_while_the_outbox_is_read_is_not_forgotten() -> None:
 def test_requests_become_effects() -> None:
     session = opened()
     run = pb.RunCommand(id=pb.RunId(task_uid="t", attempt=2))
-    command = pb.Command(runs=[run], cancels=[run.id], run_acks=[run.id])
+    task = pb.Task(data_type=1060, object_name="outrider-agent")
+    command = pb.Command(runs=[run], cancels=[run.id], run_acks=[run.id], task=task)
     key = RunKey("t", 2)
     assert session.receive(command, 0.0, 0) == [
         RunsRequested([run]),
         CancelsRequested([key]),
         RunsAcked([key]),
+        TaskRequested(task),
     ]
 
 

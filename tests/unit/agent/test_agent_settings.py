@@ -31,6 +31,11 @@ def test_defaults(tmp_path: Path) -> None:
     assert found.state.directory == "/var/lib/outrider"
     assert found.state.max_outbox_bytes == 256 * 1024 * 1024
     assert found.tasks.max_concurrent == 16
+    # Nothing that takes the agent away, no other user, not the host.
+    assert found.tasks.allowed_kinds == ("command", "script", "builtin/Ping", "builtin/Facts")
+    assert found.tasks.allowed_executables == ("/**",)
+    assert found.tasks.allowed_users == ()
+    assert found.tasks.allow_host is False
     assert found.ops.address == ":8081"
 
 
@@ -61,6 +66,10 @@ def test_lists_and_tables_from_flags(tmp_path: Path) -> None:
         (["--server.ca-file=/no/such/file"], "server.caFile"),
         (["--server.token-file=/no/such/file"], "server.tokenFile"),
         (["--tasks.allowed-kinds=plugin"], "tasks.allowedKinds"),
+        (["--tasks.allowed-executables=/usr/bin/*,bin/ls"], "tasks.allowedExecutables"),
+        (["--tasks.allowed-executables=/**/ls"], "tasks.allowedExecutables"),
+        (["--tasks.allowed-users=nobody,-1"], "tasks.allowedUsers"),
+        (["--tasks.allow-host=maybe"], "tasks.allowHost"),
         (["--tasks.max-concurrent=0"], "tasks.maxConcurrent"),
         (["--batch.codec=gzip"], "batch.codec"),
         (["--state.max-outbox-bytes=1"], "state.maxOutboxBytes"),

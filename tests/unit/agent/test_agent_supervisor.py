@@ -461,3 +461,69 @@ async def test_facts_are_json() -> None:
     assert found["node"] == "node-a"
     assert int(found["nproc"]) > 0
     assert found["kernel_version"]
+
+
+# Restart and Shutdown; as a process of its own in tests/integration/test_agent_leaving.py.
+
+
+class ReadOnlyJournal:
+    """A store that accepts runs and then takes no more changes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def update_run(self, state: pb.RunState, process: Process | None = None) -> None:
+        if state.phase == pb.RUN_PHASE_RUNNING:
+            raise StorageError("the disk is full")
+        await self._store.update_run(state, process)
+
+
+@pytest.mark.parametrize("which", [pb.BUILTIN_RESTART, pb.BUILTIN_SHUTDOWN])
+async def test_an_agent_that_cannot_note_that_it_goes_stays(
+    tmp_path: Path, which: pb.Builtin.ValueType
+) -> None:
+    async with bench_in(tmp_path, wrap=ReadOnlyJournal) as bench:
+        await bench.submit(run_of("a", builtin=which))
+        state = await bench.final("a")
+        assert (state.phase, state.reason) == (pb.RUN_PHASE_FAILED, "StateUnavailable")
+        assert bench.left == []
+        await bench.submit(run_of("b", builtin=pb.BUILTIN_PING))
+        assert (await bench.final("b")).phase == pb.RUN_PHASE_SUCCEEDED
+
+
+async def test_a_shutdown_whose_marker_cannot_be_written_leaves_the_agent_there(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "state/shutdown.new").mkdir()
+    await bench.submit(run_of("a", builtin=pb.BUILTIN_SHUTDOWN))
+    assert (await bench.final("a")).reason == "StateUnavailable"
+    assert bench.left == []
+    await bench.supervisor.foreign(pb.Task(data_type=1060, object_name="outrider-agent"))
+    assert bench.left == []
+
+
+async def test_an_agent_that_goes_takes_no_more_runs(bench: Bench) -> None:
+    await bench.submit(run_of("a", builtin=pb.BUILTIN_RESTART))
+    await bench.until(lambda: bench.left)
+    assert bench.left == [Leave.RESTART]
+    await bench.submit(run_of("b"))
+    assert bench.phases("b") == []
+    await bench.until(lambda: not bench.supervisor._runs)
+    # Its end is not for this process to report.
+    assert bench.phases("a") == ["ACCEPTED", "RUNNING"]
+    (stored,) = await bench.store.run_states()
+    assert (stored.phase, stored.reason) == (pb.RUN_PHASE_RUNNING, "Restarting")
+
+
+async def test_a_shutdown_waits_for_its_result_to_be_taken(bench: Bench) -> None:
+    await bench.submit(run_of("a", builtin=pb.BUILTIN_SHUTDOWN))
+    await bench.final("a")
+    await asyncio.sleep(0)
+    assert bench.left == []
+    await bench.supervisor.acknowledge([RunKey("other", 1)])
+    assert bench.left == []
+    await bench.supervisor.acknowledge([RunKey("a", 1)])
+    await bench.until(lambda: bench.left == [Leave.SHUTDOWN], seconds=5)

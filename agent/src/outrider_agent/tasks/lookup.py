@@ -23,7 +23,7 @@ def resolve(path: str, root: str = "") -> str:
         root: Folder that stands for "/"; empty for the root of this process.
 
     Raises:
-        OSError: Too many links, or one cannot be read.
+        OSError: Too many links.
     """
     todo = path.split("/")[::-1]
     done: list[str] = []
@@ -74,7 +74,10 @@ def locate(name: str, search: str, root: str = "") -> str | None:
         parent, _, base = f"/{folder}/{name}".rpartition("/")
         if base in ("", ".", ".."):
             return None
-        found = resolve(parent, root).rstrip("/") + "/" + base
+        try:
+            found = resolve(parent, root).rstrip("/") + "/" + base
+        except OSError:  # links that lead in a circle: nothing can be there
+            continue
         kind = _kind(found, root)
         if kind is not None and stat.S_ISREG(kind) and kind & 0o111:
             return found
