@@ -216,8 +216,6 @@ async def test_a_start_that_broke_off_is_begun_anew(cluster, monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("spec", "reason", "names"),
     [
-        ({"run": {"builtin": "Restart"}}, "NotSupported", "Restart"),
-        ({**PING, "where": "Host"}, "NotSupported", "spec.where"),
         ({"run": {"plugin": {"name": "x", "dataType": 1}}}, "NotSupported", "spec.run.plugin"),
         (
             {**PING, "target": {"nodeSelector": {"matchLabels": {"no": "such"}}}},
@@ -251,6 +249,27 @@ async def test_late_result_of_a_lost_node_still_lands(cluster) -> None:
     assert cluster.rows()["a"]["phase"] == "Succeeded"
     assert leader.status["counts"]["succeeded"] == 1
     assert leader.status["phase"] == "Failed", "a task that has ended does not end again"
+    assert leader.acks() == ["a"]
+
+
+@pytest.mark.parametrize("method", ["replace_report", "write_status"])
+async def test_late_result_corrects_the_counts_though_the_leader_dies(cluster, method) -> None:
+    leader = Leader(cluster, ["a"], PING)
+    await leader.advance()
+    leader.registry.left("a", 1, "PeerGone", leader.now)
+    leader.now += 301
+    await leader.advance()
+    leader.registry.joined(Session("a", "a", 9, "g", "s", leader.now))
+    leader.says("a", RunPhase.RUN_PHASE_SUCCEEDED)
+    cluster.fault = fail_on(method)
+    with pytest.raises(ClusterUnavailableError):
+        await leader.advance()
+    assert leader.acks() == [], "the agent must tell the next leader"
+    cluster.fault = lambda _: None
+    leader.lead()
+    leader.says("a", RunPhase.RUN_PHASE_SUCCEEDED)
+    await leader.advance()
+    assert (leader.status["counts"]["lost"], leader.status["counts"]["succeeded"]) == (0, 1)
     assert leader.acks() == ["a"]
 
 

@@ -29,6 +29,9 @@ class Phase(StrEnum):
     SKIPPED = "Skipped"
     REJECTED = "Rejected"
 
+    # Phases are looked up some twenty times a row and step; an Enum's own hash is Python code.
+    __hash__ = str.__hash__
+
 
 #: Ends that only an agent can tell.
 REPORTED: Final = frozenset(

@@ -281,9 +281,12 @@ class _Planner:
 
     def note_nodes(self) -> None:
         """Say of nodes that have not ended whether they are cordoned or not ready."""
+        facts = self.roster.facts
         for row in self.rows.values():
-            state = self.roster.facts.get(row.node, NO_FACTS).state
-            if row.phase not in FINAL and row.node_state != state:
+            if row.phase in FINAL:
+                continue
+            state = facts.get(row.node, NO_FACTS).state
+            if row.node_state != state:
                 self.rows[row.node] = msgspec.structs.replace(row, node_state=state)
 
     def _wave_end(self) -> int:

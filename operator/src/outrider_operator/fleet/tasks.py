@@ -369,13 +369,12 @@ class TaskRunner:
             merged = self._merge()
             touched = slices.changed(self._slices, self._rows, merged.rows)
             await self._write(task, merged.rows, touched)
+            # Before the agents may forget: nobody counts the rows of this task again otherwise.
+            await self._write_status(task, Verdict(task.phase, *self._last_words()))
             self._taken = {}
             self._world.send(
                 (node, Command(run_acks=[commands.run_id(task.uid, n)])) for node, n in merged.ended
             )
-            if touched:
-                ended = Verdict(task.phase, *self._last_words())
-                await self._write_status(task, ended)
         else:
             # Nothing but a late result needs the rows of a task that has ended.
             self._rows, self._slices, self._versions, self._loaded = {}, [], [], False
