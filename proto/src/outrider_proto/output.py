@@ -100,6 +100,11 @@ def join(pieces: Iterable[Piece]) -> Joined:
     return Joined(tuple((offset, bytes(data)) for offset, data in parts))
 
 
+def may_hold_output(data_types: Iterable[int]) -> bool:
+    """Whether a batch that names these data types may hold output; 0 stands for unnamed ones."""
+    return not {0, TASK_OUTPUT}.isdisjoint(data_types)
+
+
 def pieces_of(batch: Decoded, wanted: Wanted) -> Iterator[Piece]:
     """The pieces of the wanted output in a batch.
 
@@ -174,5 +179,5 @@ def _read_file(path: Path, wanted: Wanted) -> Iterator[Piece]:
     with path.open("rb") as file:
         for stored in read_stored(file):
             # Most batches need not be opened.
-            if stored.node == wanted.node and TASK_OUTPUT in stored.batch.data_types:
+            if stored.node == wanted.node and may_hold_output(stored.batch.data_types):
                 yield from pieces_of(decode_stored(stored), wanted)

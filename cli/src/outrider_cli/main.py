@@ -1,0 +1,128 @@
+"""The command line: parses it, runs one command, turns errors into a line and an exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, Final, NoReturn, Protocol
+
+from outrider_cli import terminal
+from outrider_cli.errors import CommandError, Exit, UsageError
+
+DESCRIPTION: Final = "Run tasks on the nodes of a cluster, and read what came of them."
+EXIT_CODES: Final = (
+    "exit codes: 0 done, and all nodes succeeded; 1 some did not; 2 wrong flags; 3 the cluster "
+    "refused or does not answer; 4 not all there in time; 130 left by Ctrl-C"
+)
+#: Time for a request unless --request-timeout says otherwise, seconds.
+REQUEST_SECONDS: Final = 10
+
+
+class Command(Protocol):
+    """A module of `commands`."""
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Add its flags."""
+
+    def run(self, cluster: Any, arguments: argparse.Namespace) -> int:
+        """Do it; returns the exit code."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (kubectl outrider --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        return int(_main(list(sys.argv[1:] if argv is None else argv)))
+    except CommandError as error:
+        terminal.say(f"error: {error}" if error.code != Exit.LEFT else str(error))
+        return int(error.code)
+    except KeyboardInterrupt:
+        terminal.say("left by Ctrl-C")
+        return int(Exit.LEFT)
+    except BrokenPipeError:
+        # The reader, say `head`, has seen enough. What Python would still flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.OK)
+
+
+def _main(words: list[str]) -> int:
+    # What comes after -- is the command's own, flags and all.
+    own, after = words, []
+    if "--" in words:
+        at = words.index("--")
+        own, after = words[:at], words[at + 1 :]
+    commands = _commands()
+    arguments = _parser(commands).parse_args(own)
+    if after and arguments.command != "run":
+        raise UsageError(f"{arguments.command} takes nothing after --")
+    arguments.words = after
+    from outrider_cli.cluster import connect  # as in _commands
+
+    cluster = connect(
+        arguments.kubeconfig, arguments.context, arguments.namespace, arguments.request_timeout
+    )
+    return commands[arguments.command].run(cluster, arguments)
+
+
+def _commands() -> dict[str, Command]:
+    # Imported here: it takes most of a second, and a Ctrl-C meanwhile must end in order too.
+    from outrider_cli.commands import agents, cancel, output, ping, results, run
+
+    return {
+        "run": run,
+        "results": results,
+        "output": output,
+        "cancel": cancel,
+        "agents": agents,
+        "ping": ping,
+    }
+
+
+HELP: Final = {
+    "run": "run a command on nodes now, and show what came of it: run [flags] -- CMD...",
+    "results": "what came of a task, node by node",
+    "output": "all that a task printed on one node",
+    "cancel": "end a task on all nodes",
+    "agents": "which agents there are, and why others are away",
+    "ping": "how long the way to each node and back takes",
+}
+
+
+def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="kubectl outrider", description=DESCRIPTION, epilog=EXIT_CODES)
+    parser.add_argument(
+        "--version", action="version", version=f"kubectl-outrider {version('outrider-cli')}"
+    )
+    _add_common(parser, top=True)
+    each = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        child = each.add_parser(name, help=HELP[name], description=HELP[name], epilog=EXIT_CODES)
+        _add_common(child, top=False)
+        command.add(child)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
+    """The flags that kubectl has, before and after the command's name."""
+
+    def default(value: Any) -> Any:
+        return value if top else argparse.SUPPRESS
+
+    group = parser.add_argument_group("as in kubectl")
+    group.add_argument("--kubeconfig", default=default(""), metavar="FILE")
+    group.add_argument("--context", default=default(""), metavar="NAME")
+    group.add_argument("-n", "--namespace", default=default(""), metavar="NS")
+    group.add_argument(
+        "--request-timeout", type=float, default=default(REQUEST_SECONDS), metavar="SECONDS"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
