@@ -36,6 +36,7 @@ VALUES: dict[str, list[str]] = {
     "one replica": ["server.replicas=1"],
     "kafka": KAFKA,
     "a volume for records": ["sink.file.existingClaim=records"],
+    "users": ["agent.allowedUsers={nobody,app}"],
     "full access": ["agent.hostAccess=full", "agent.hostNetwork=true"],
     "own secret": ["tls.existingSecret=mine"],
     "own secret and CA": ["tls.existingSecret=mine", "tls.caConfigMap=ours"],
@@ -249,6 +250,7 @@ def test_the_programs_take_their_settings_and_find_their_files(
     assert {found.server.ca_file, found.server.token_file} <= mounted_files(pod)
     assert found.state.directory in writable_directories(pod)
     assert found.node.name == "OUTRIDER_NODE_NAME"
+    assert found.node.pod_uid == "OUTRIDER_NODE_POD_UID"
     assert found.server.target == f"srv:_grpc._tcp.{host}"
     assert found.server.server_name == host
     (port,) = pod["containers"][0]["ports"]
@@ -323,6 +325,20 @@ def test_no_pod_has_a_privilege_it_was_not_given(helm: Helm) -> None:
         assert whole["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert name == "agent" or whole["runAsNonRoot"], name
         assert pod["enableServiceLinks"] is False, name
+
+
+def test_what_tasks_may_is_what_the_pod_can(helm: Helm, tmp_path: Path) -> None:
+    plain = agent_settings(helm.template([]), tmp_path).tasks
+    assert (plain.allow_host, plain.allowed_users) == (False, ())
+    full = agent_settings(helm.template(VALUES["full access"]), tmp_path).tasks
+    assert (full.allow_host, full.allowed_users) == (True, ())
+    objects = helm.template(VALUES["users"])
+    users = agent_settings(objects, tmp_path).tasks
+    assert (users.allow_host, users.allowed_users) == (False, ("nobody", "app"))
+    context = pod_of(objects, "DaemonSet", AGENT)["containers"][0]["securityContext"]
+    added = ["SETUID", "SETGID", "KILL", "SYS_PTRACE"]
+    assert context["capabilities"] == {"drop": ["ALL"], "add": added}
+    assert context["privileged"] is False
 
 
 def test_full_access_is_asked_for(helm: Helm) -> None:

@@ -63,6 +63,9 @@ def test_the_schema_is_one_and_knows_exactly_the_values() -> None:
         ("server.log.level", "loud"),
         ("agent.hostAccess", "some"),
         ("agent.stateDir", "relative"),
+        ("agent.allowedUsers", "nobody"),
+        ("agent.allowedUsers", ["a b"]),
+        ("agent.allowedUsers", [1000]),
         ("agent.tmpSizeLimit", "much"),
         ("sink.kind", "redis"),
         ("sink.kafka.bootstrapServers", "kafka:9092"),
@@ -101,7 +104,7 @@ def test_every_value_is_used() -> None:
 def test_chart_and_members_have_one_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     versions = {str(chart["version"]), str(chart["appVersion"])}
-    for member in ("proto", "runtime", "operator", "agent"):
+    for member in ("proto", "runtime", "operator", "agent", "cli"):
         match = re.search(
             r'^version = "(.+)"$', (ROOT / member / "pyproject.toml").read_text(), re.MULTILINE
         )

@@ -131,6 +131,7 @@ def test_bounds_are_the_limits_of_the_wire() -> None:
     assert at("AgentTask", f"{run}.command")["maxItems"] == limits.ARGUMENTS
     assert at("AgentTask", f"{run}.command[]")["maxLength"] == limits.ARGUMENT_BYTES
     assert at("AgentTask", f"{run}.script.source")["maxLength"] == limits.SCRIPT_BYTES
+    assert at("AgentTask", "spec.user")["maxLength"] == limits.USER_BYTES
     assert at("AgentTask", "spec.env")["maxProperties"] == limits.ENVIRONMENT
     assert at("AgentTask", "spec.timeoutSeconds")["maximum"] == limits.TIMEOUT_SECONDS
     assert at("AgentTask", "spec.output.previewBytes")["maximum"] == limits.PREVIEW_BYTES
