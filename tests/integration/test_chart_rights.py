@@ -105,7 +105,7 @@ def test_the_server_does_all_its_work_with_the_charts_rights(programs: Programs)
     plane.kubectl("delete", "at", "long", "--wait=false")
     wait_for("the task is gone", lambda: not task(programs, "long"), WAIT, 0.1)
     # Refused in a condition, which goes into the status.
-    apply(programs, "later", run={"builtin": "Restart"})
+    apply(programs, "later", run={"plugin": {"name": "fim", "dataType": 1}})
     wait_for("it is refused", lambda: phase(programs, "later") == "Failed", WAIT, 0.1)
     # An AgentConfig gets a status too.
     plane.kubectl("apply", "-f", ROOT / "examples" / "agentconfig-host-metrics.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import uuid
 from collections import Counter
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 NODES = ("alpha", "beta", "gamma")
 WAIT = 60.0
+RUN_KINDS = ["command", "script", "builtin/Ping", "builtin/Facts", "builtin/Restart"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,10 @@ def fleet(
         programs.start(programs.server())
         for node in NODES:
             labels = {"tier": "odd" if node == "beta" else "even"}
-            programs.start(programs.agent(node, labels), ready=False)
+            # One that allows more than the others.
+            more = {"tasks": {"allowedKinds": RUN_KINDS, "allowedUsers": ["nobody"]}}
+            agent = programs.agent(node, labels, more if node == "beta" else None)
+            programs.start(agent, ready=False)
         programs.wait_agents_ready(len(NODES))
         yield programs
 
@@ -210,10 +215,46 @@ def test_selector_names_and_nobody(fleet) -> None:
 
 
 def test_what_this_version_cannot_do_is_refused_in_words(fleet) -> None:
-    name = apply(fleet, {"run": {"builtin": "Restart"}})
+    name = apply(fleet, {"run": {"plugin": {"name": "fim", "dataType": 6001}}})
     found = ended(fleet, name, "Failed")
     assert condition(found, "Failed")["reason"] == "NotSupported"
-    assert "Restart" in condition(found, "Failed")["message"]
+    assert "plugin" in condition(found, "Failed")["message"]
+
+
+def all_at_once(spec: dict[str, Any]) -> dict[str, Any]:
+    rollout = {"maxConcurrent": "100%", "maxFailures": "100%", "waves": ["100%"]}
+    return {**spec, "rollout": rollout}
+
+
+def test_an_agent_that_is_told_to_restart_says_so_when_it_is_back(fleet) -> None:
+    name = apply(fleet, all_at_once({"run": {"builtin": "Restart"}}))
+    ended(fleet, name)
+    got = rows(fleet, name)
+    assert (got["beta"]["phase"], got["beta"]["message"]) == ("Succeeded", "restarted")
+    assert got["beta"]["attempt"] == 1
+    for node in ("alpha", "gamma"):
+        assert (got[node]["phase"], got[node]["reason"]) == ("Rejected", "NotAllowed")
+        assert "tasks.allowedKinds" in got[node]["message"]
+    again = apply(fleet, {"run": {"command": ["true"]}, "target": {"nodeNames": ["beta"]}})
+    ended(fleet, again, "Succeeded")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_task_is_of_the_user_it_names_where_the_node_allows_it(fleet) -> None:
+    name = apply(fleet, all_at_once({"run": {"command": ["id", "-un"]}, "user": "nobody"}))
+    ended(fleet, name)
+    got = rows(fleet, name)
+    assert (got["beta"]["phase"], got["beta"]["preview"]) == ("Succeeded", "nobody\n")
+    assert (got["alpha"]["phase"], got["alpha"]["reason"]) == ("Rejected", "NotAllowed")
+    assert "tasks.allowedUsers" in got["alpha"]["message"]
+
+
+def test_a_task_for_the_host_is_refused_where_the_node_does_not_allow_it(fleet) -> None:
+    name = apply(fleet, all_at_once({"run": {"command": ["true"]}, "where": "Host"}))
+    ended(fleet, name, "Failed")
+    for row in rows(fleet, name).values():
+        assert (row["phase"], row["reason"]) == ("Rejected", "NotAllowed")
+        assert "tasks.allowHost" in row["message"]
 
 
 def test_deleting_a_running_task_ends_it(fleet, tmp_path) -> None:
