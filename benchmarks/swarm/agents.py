@@ -159,6 +159,9 @@ class PretendedRuns:
                 self._tally.acknowledged += 1
                 self._buried[key] = tombstone(state)
 
+    async def foreign(self, task: pb.Task) -> None:
+        """Nothing here is shut down."""
+
     async def report(self) -> list[pb.RunState]:
         """The states of all runs whose result was not acknowledged yet."""
         return list(self._states.values())
