@@ -239,8 +239,8 @@ class TaskMachine(RuleBasedStateMachine):
         left = phase in RETRIED and row["attempt"] <= self.retries
         return phase in FAILURES and not left
 
-    @rule(calls=st.integers(0, 12), done=st.booleans(), crash=st.booleans())
-    def reconcile_and_fail(self, calls: int, done: bool, crash: bool) -> None:
+    @rule(calls=st.integers(0, 12), crash=st.booleans())
+    def reconcile_and_fail(self, calls: int, crash: bool) -> None:
         """The leader dies, or the API server goes, before or after the so many-th request."""
         left = calls
 
@@ -330,16 +330,27 @@ class TaskMachine(RuleBasedStateMachine):
         if agent.connected:
             self.reports.append((node, agent.session, agent.states(), complete))
 
-    @rule(final=st.sampled_from([3, 3, 4]))
-    def let_it_run(self, final: int) -> None:
-        """Everything arrives, all agents work, and the leader looks."""
+    @rule(
+        final=st.sampled_from([3, 3, 4]),
+        calls=st.none() | st.integers(0, 8),
+        crash=st.booleans(),
+        node=st.none() | st.sampled_from(NODES),
+    )
+    def let_it_run(
+        self, final: int, calls: int | None = None, crash: bool = False, node: str | None = None
+    ) -> None:
+        """Everything arrives, all agents or one of them work, and the leader looks, or tries to."""
         while self.commands:
             self.deliver_command(0, repeat=False)
-        for node in self.agents:
-            self.work(node, final)
+        for name in self.agents:
+            if node in (None, name):
+                self.work(name, final)
         while self.reports:
             self.deliver_report(0, repeat=False)
-        self.advance()
+        if calls is None:
+            self.advance()
+        else:
+            self.reconcile_and_fail(calls, crash=crash)
 
     @rule(
         rounds=st.integers(1, 4),
@@ -348,7 +359,7 @@ class TaskMachine(RuleBasedStateMachine):
     )
     def let_it_go_on(self, rounds: int, final: int, seconds: float) -> None:
         for _ in range(rounds):
-            self.let_it_run(final)
+            self.let_it_run(final=final)
             self.now += seconds
 
     @rule()

@@ -51,6 +51,9 @@ FAILURES: Final = frozenset(
     {Phase.FAILED, Phase.TIMED_OUT, Phase.INTERRUPTED, Phase.LOST, Phase.REJECTED}
 )
 
+#: Why nodes are skipped.
+TOO_MANY_FAILURES: Final = "TooManyFailures"
+DEADLINE_EXCEEDED: Final = "DeadlineExceeded"
 #: Ends after which a node tries again where spec.retries leaves it an attempt.
 RETRIED: Final = frozenset({Phase.FAILED, Phase.TIMED_OUT, Phase.INTERRUPTED})
 

@@ -11,10 +11,12 @@ from typing import Final
 import msgspec
 
 from outrider_operator.core.model import (
+    DEADLINE_EXCEEDED,
     FAILURES,
     FINAL,
     IN_FLIGHT,
     RETRIED,
+    TOO_MANY_FAILURES,
     NodeRun,
     Phase,
     Rows,
@@ -146,7 +148,7 @@ class _Planner:
             return Stop(Phase.CANCELLED, "TaskCancelled", "spec.cancel was set", True)
         if self.now >= self.deadline and not spec.suspend:
             message = f"the task took longer than {spec.active_deadline_seconds} s"
-            return Stop(Phase.SKIPPED, "DeadlineExceeded", message, True)
+            return Stop(Phase.SKIPPED, DEADLINE_EXCEEDED, message, True)
         if not spec.suspend:
             self.wake(self.deadline)
         failures = sum(
@@ -155,7 +157,7 @@ class _Planner:
         allowed = resolve(spec.rollout.max_failures, len(self.rows), up=False)
         if failures > allowed:
             message = f"{failures} nodes failed, and spec.rollout.maxFailures allows {allowed}"
-            return Stop(Phase.SKIPPED, "TooManyFailures", message, False)
+            return Stop(Phase.SKIPPED, TOO_MANY_FAILURES, message, False)
         return None
 
     def end(self, stop: Stop) -> None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from outrider_operator.core.model import (
+    DEADLINE_EXCEEDED,
     FAILURES,
     FINAL,
     TASK_FINAL,
+    TOO_MANY_FAILURES,
     NodeRun,
     Phase,
     Rows,
@@ -47,13 +49,14 @@ def verdict(task: Task, rows: Rows) -> Verdict:
         return Verdict(TaskPhase.SUCCEEDED, "AllNodesSucceeded", told)
     if task.spec.cancel or task.deleting:
         return Verdict(TaskPhase.CANCELLED, "TaskCancelled", told)
-    allowed = resolve(task.spec.rollout.max_failures, total, up=False)
-    if failures > allowed and phases[Phase.SKIPPED]:
+    # What was skipped says why; late results may have changed the number of failures since.
+    if any(row.reason == TOO_MANY_FAILURES for row in rows.values() if row.phase is Phase.SKIPPED):
+        allowed = resolve(task.spec.rollout.max_failures, total, up=False)
         message = f"{told}; {failures} failed, and spec.rollout.maxFailures allows {allowed}"
-        return Verdict(TaskPhase.FAILED, "TooManyFailures", message)
+        return Verdict(TaskPhase.FAILED, TOO_MANY_FAILURES, message)
     if phases[Phase.SKIPPED] or phases[Phase.CANCELLED]:
         message = f"{told} within {task.spec.active_deadline_seconds} s"
-        return Verdict(TaskPhase.FAILED, "DeadlineExceeded", message)
+        return Verdict(TaskPhase.FAILED, DEADLINE_EXCEEDED, message)
     return Verdict(TaskPhase.FAILED, "NodesFailed", f"{told}; {failures} failed")
 
 
