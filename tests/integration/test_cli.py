@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster import toolchain
 from cluster.controlplane import ControlPlane
-from cluster.programs import Programs
+from cluster.paths import ROOT
+from cluster.programs import NAMESPACE, Programs
 from cluster.supervised import wait_for
 from fakes.terminal import CTRL_C, CTRL_D, Terminal
 
@@ -429,7 +431,7 @@ def test_ctrl_c_after_cancel_leaves(fleet) -> None:
         screen.press(b"c\n")
         screen.expect("(Ctrl-C leaves)\r\n")
         # The agents wait 5 s before they kill what does not end by itself.
-        screen.expect("nodes that are ending it: alpha, beta, gamma")
+        screen.expect("nodes ending it: alpha, beta, gamma")
         screen.press(CTRL_C)
         screen.expect("is being cancelled")
         assert screen.end() == 130
@@ -469,7 +471,61 @@ def test_what_nodes_print_cannot_steer_the_terminal(fleet) -> None:
     assert "\x1b[2J" in outrider(fleet, "output", name, "alpha").stdout
 
 
-# ---------------------------------------------------------------- when nobody leads
+# ---------------------------------------------------------------- rights
+
+
+@pytest.fixture(scope="module")
+def helm() -> Path:
+    return toolchain.ensure(["helm"])["helm"]
+
+
+def bind(fleet: Programs, helm: Path, role: str) -> str:
+    """A ServiceAccount with one of the chart's roles in the namespace default; its kubeconfig."""
+    command = [helm, "template", "outrider", ROOT / "charts" / "outrider", "--namespace", NAMESPACE]
+    rendered = subprocess.run(
+        [*map(str, command), "--show-only", "templates/user-roles.yaml"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    fleet.plane.kubectl("apply", "-f", "-", stdin=rendered.stdout)
+    account = fresh("user")
+    fleet.plane.make_service_account(NAMESPACE, account)
+    words = ["--clusterrole", role, "--serviceaccount", f"{NAMESPACE}:{account}", "-n", "default"]
+    fleet.plane.kubectl("create", "rolebinding", account, *words)
+    token = fleet.plane.token(NAMESPACE, account, audience="")
+    return str(fleet.plane.kubeconfig_for(account, token))
+
+
+def test_the_editor_may_run_and_the_viewer_may_look(fleet, helm) -> None:
+    editor = bind(fleet, helm, "outrider-task-editor")
+    viewer = bind(fleet, helm, "outrider-task-viewer")
+    name = fresh()
+    words = ["run", "--name", name, "--node", "alpha", "--", "echo", "may"]
+    assert "may\n" in outrider(fleet, "--kubeconfig", editor, *words).stdout
+    outrider(fleet, "--kubeconfig", editor, "ping", "--node", "alpha")
+    outrider(fleet, "--kubeconfig", editor, "cancel", name)
+    assert "alpha" in outrider(fleet, "--kubeconfig", viewer, "results", name).stdout
+    for wrong in (["run", "--", "true"], ["cancel", fresh()], ["agents"], ["ping"]):
+        done = outrider(fleet, "--kubeconfig", viewer, *wrong, code=3)
+        (line,) = done.stderr.splitlines()
+        assert "forbidden" in line or "there is no AgentTask" in line
+
+
+# ---------------------------------------------------------------- when nobody answers
+
+
+def test_an_api_server_that_goes_away_meanwhile_is_waited_for(fleet) -> None:
+    name = fresh()
+    with run_at_terminal(fleet, name, "--", "sh", "-c", "sleep 2; echo back") as screen:
+        screen.expect("3 running")
+        fleet.plane.kill_part("kube-apiserver")
+        try:
+            screen.expect("waiting: the API server https://127.0.0.1")
+        finally:
+            fleet.plane.start_part("kube-apiserver")
+        screen.expect("back", WAIT)
+        assert screen.end() == 0
 
 
 def test_a_server_that_is_away_is_said_and_waited_for(fleet) -> None:

@@ -145,9 +145,12 @@ class Cluster:
         return self.items(f"{GROUP}/agents")
 
     def watch_reports(self, name: str) -> "Watch":
-        """Changes of a task's reports from now on. Raises as `request`."""
+        """A task's reports as they are, and their changes from then on. Raises as `request`."""
         query = {
             "labelSelector": f"{TASK_LABEL}={name}",
+            # From what the API server has in memory: else it first has to see how far etcd is,
+            # which takes seconds where little is written.
+            "resourceVersion": "0",
             "watch": "1",
             "timeoutSeconds": str(WATCH_SECONDS),
         }

@@ -67,8 +67,6 @@ def _lines(client: Any, what: str) -> Iterator[str]:
         errors = (errors + said)[-ERROR_CHARACTERS:]
         *lines, left = (left + data).split("\n")
         yield from lines
-    if left:
-        yield left
     try:
         ended = yaml.safe_load(client.read_channel(ws_client.ERROR_CHANNEL)) or {}
     except yaml.YAMLError:
@@ -77,3 +75,5 @@ def _lines(client: Any, what: str) -> Iterator[str]:
         last = errors.strip().splitlines()[-1:]
         said = last[0] if last else ended.get("message") or "the connection broke off"
         raise ClusterError(f"{what}: {one_line(said)}")
+    if left:
+        yield left

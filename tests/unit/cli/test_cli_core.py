@@ -358,11 +358,9 @@ def test_reasons_name_the_nodes_and_those_that_hold_it_up_come_first() -> None:
     rows = [Row("x", "Succeeded"), *(Row(f"r{n}", "Running") for n in range(3)), *away]
     assert waiting.reasons(counted(targeted=6), rows) == [
         "2 nodes AgentNotConnected (its agent is not connected): a, b",
-        "3 nodes that run it: r0, r1, r2",
+        "3 nodes running it: r0, r1, r2",
     ]
-    assert waiting.reasons(counted(targeted=6), rows, True)[1].startswith(
-        "3 nodes that are ending it"
-    )
+    assert waiting.reasons(counted(targeted=6), rows, True)[1].startswith("3 nodes ending it")
 
 
 @given(ROWS)

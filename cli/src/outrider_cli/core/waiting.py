@@ -17,9 +17,9 @@ NAMED: Final = 20
 
 _WORDS: Final = {"timedOut": "timed out"}
 _STATES: Final = {
-    "Pending": "wait for their turn",
-    "Dispatched": "were sent the command and have not answered yet",
-    "Running": "run it",
+    "Pending": "waiting for a turn",
+    "Dispatched": "sent the command, without an answer yet",
+    "Running": "running it",
 }
 
 
@@ -121,8 +121,8 @@ def _reason(members: Sequence[Row], cancelling: bool) -> str:
         return f"{plural(len(members), 'node')} {first.reason} ({said}): {names(members, NAMED)}"
     state = _STATES.get(first.phase, first.phase)
     if cancelling and first.phase == "Running":
-        state = "are ending it"
-    return f"{plural(len(members), 'node')} that {state}: {names(members, NAMED)}"
+        state = "ending it"
+    return f"{plural(len(members), 'node')} {state}: {names(members, NAMED)}"
 
 
 def verdict(found: Snapshot) -> str:
