@@ -340,3 +340,34 @@ async def test_status_is_not_written_again_without_a_change(cluster) -> None:
     await leader.advance()
     await asyncio.sleep(0)
     assert cluster.requests == []
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+async def test_a_deleted_report_ends_the_task_and_is_no_success(
+    cluster, monkeypatch, index
+) -> None:
+    monkeypatch.setattr(slices, "MAX_ROWS", 1)
+    leader = Leader(cluster, list("abc"), PING)
+    await leader.advance()
+    del cluster.reports["default", f"t-uid-of-t-{index}"]
+    leader.sent.clear()
+    leader.lead()
+    await leader.advance()
+    assert (leader.status["phase"], leader.status["reason"]) == ("Failed", "ReportsLost")
+    assert leader.runs() == []
+    assert not cluster.task("t")["metadata"]["finalizers"]
+    before = leader.status
+    for node in "abc":
+        leader.says(node, RunPhase.RUN_PHASE_SUCCEEDED)
+    await leader.advance()
+    assert sorted(leader.acks()) == list("abc"), "or the agents would keep them for ever"
+    assert leader.status == before
+
+
+async def test_the_only_report_deleted_is_no_success_either(cluster) -> None:
+    leader = Leader(cluster, ["a"], PING)
+    await leader.advance()
+    cluster.reports.clear()
+    leader.lead()
+    await leader.advance()
+    assert leader.status["reason"] == "ReportsLost"

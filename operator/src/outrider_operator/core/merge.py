@@ -5,7 +5,7 @@ the result is the same. Nothing is acknowledged here: the caller does, after the
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from outrider_proto.v1.agent_pb2 import RunPhase, RunState
@@ -30,8 +30,28 @@ PHASES: Final = {
     RunPhase.RUN_PHASE_INTERRUPTED: Phase.INTERRUPTED,
     RunPhase.RUN_PHASE_REJECTED: Phase.REJECTED,
 }
+#: Attempts of one node whose states are kept until they are written.
+MAX_ATTEMPTS: Final = 16
 REASON_BYTES: Final = 128
 MESSAGE_CHARACTERS: Final = 1024
+
+
+@dataclass
+class Pending:
+    """What one node reported and no report holds yet: the newest state of each attempt."""
+
+    states: dict[int, RunState] = field(default_factory=dict)
+    complete: bool = False
+
+    def add(self, states: Iterable[RunState], complete: bool) -> None:
+        """Take in newer states. An end is never replaced by what came before it."""
+        for state in states:
+            known = self.states.get(state.id.attempt)
+            if known is None or not is_final(known):
+                self.states[state.id.attempt] = state
+        while len(self.states) > MAX_ATTEMPTS:
+            del self.states[min(self.states)]
+        self.complete = self.complete or complete
 
 
 @dataclass(frozen=True)

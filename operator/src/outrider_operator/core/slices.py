@@ -114,12 +114,16 @@ def to_object(task: Task, index: int, rows: Iterable[NodeRun]) -> dict[str, Any]
     }
 
 
+class MissingSliceError(ValueError):
+    """Not all slices of a task are there: somebody deleted some."""
+
+
 def from_objects(objects: Iterable[Mapping[str, Any]], uid: str) -> list[dict[str, NodeRun]]:
     """The rows of a task, slice by slice. Objects of other tasks are passed over.
 
     Raises:
-        ValueError: An object does not have the form the resource definition demands, or slices
-            are missing between others.
+        MissingSliceError: Slices are missing between others.
+        ValueError: An object does not have the form the resource definition demands.
     """
     found: dict[int, dict[str, NodeRun]] = {}
     for item in objects:
@@ -127,7 +131,7 @@ def from_objects(objects: Iterable[Mapping[str, Any]], uid: str) -> list[dict[st
             rows = [_from_entry(entry) for entry in item.get("nodes", [])]
             found[int(item["slice"])] = {row.node: row for row in rows}
     if sorted(found) != list(range(len(found))):
-        raise ValueError(f"the task has reports {sorted(found)}, but not those between them")
+        raise MissingSliceError(f"the task has reports {sorted(found)}, but not those between them")
     return [found[index] for index in sorted(found)]
 
 

@@ -33,8 +33,6 @@ from outrider_operator.core.times import seconds_of
 from outrider_operator.settings import TaskSettings
 
 FINALIZER: Final = "outrider.dev/end-runs"
-#: Attempts of one node whose states are kept until they are written.
-MAX_ATTEMPTS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,6 @@ class World:
     ended: Callable[[str], None]
     facts: Mapping[str, NodeFacts] = field(default_factory=dict)
     retried: Callable[[int], None] = lambda _: None
-
-
-@dataclass
-class _Pending:
-    """What one node reported and no report holds yet: the newest state of each attempt."""
-
-    states: dict[int, RunState] = field(default_factory=dict)
-    complete: bool = False
-
-    def add(self, states: Iterable[RunState], complete: bool) -> None:
-        """Take in newer states. An end is never replaced by what came before it."""
-        for state in states:
-            known = self.states.get(state.id.attempt)
-            if known is None or not merge.is_final(known):
-                self.states[state.id.attempt] = state
-        while len(self.states) > MAX_ATTEMPTS:
-            del self.states[min(self.states)]
-        self.complete = self.complete or complete
 
 
 def parse_task(body: Mapping[str, Any]) -> Task:
@@ -114,9 +94,11 @@ class TaskRunner:
         self._rows: dict[str, NodeRun] = {}
         self._versions: list[str] = []
         self._loaded = False
+        #: What is missing of the reports, in words.
+        self._missing = ""
         self._memory = Memory()
-        self._pending: dict[str, _Pending] = {}
-        self._taken: dict[str, _Pending] = {}
+        self._pending: dict[str, merge.Pending] = {}
+        self._taken: dict[str, merge.Pending] = {}
         self._deleting_since: float | None = None
         meta = body["metadata"]
         self._log = get_logger("outrider.task", task=f"{meta['namespace']}/{meta['name']}")
@@ -145,7 +127,7 @@ class TaskRunner:
 
     def report(self, node: str, states: Iterable[RunState], complete: bool) -> None:
         """Keep what an agent said until the next `advance`. Bounded: one state per attempt."""
-        self._pending.setdefault(node, _Pending()).add(states, complete)
+        self._pending.setdefault(node, merge.Pending()).add(states, complete)
 
     def concerns(self, node: str) -> bool:
         """Whether a change of this node, or of its agent, could matter."""
@@ -164,6 +146,10 @@ class TaskRunner:
             return await self._after_the_end(task)
         if not self._loaded:
             await self._load(task)
+        if self._missing:
+            # Nobody knows what has run any more: to go on might run it again, to wait has no end.
+            await self._finish(task, Verdict(TaskPhase.FAILED, "ReportsLost", self._missing))
+            return 0.0
         if task.started is None:
             if task.deleting:
                 await self._set_finalizer(False)
@@ -180,7 +166,15 @@ class TaskRunner:
         found = await self._world.cluster.list_reports(task.namespace, task.name)
         mine = [item for item in found if item.get("task", {}).get("uid") == task.uid]
         mine.sort(key=lambda item: int(item["slice"]))
-        parts = slices.from_objects(mine, task.uid)
+        parts: list[dict[str, NodeRun]] = []
+        self._missing = ""
+        try:
+            parts = slices.from_objects(mine, task.uid)
+        except slices.MissingSliceError as error:
+            self._missing = str(error)
+        targeted = (self.body.get("status") or {}).get("counts", {}).get("targeted", 0)
+        if task.started is not None and sum(map(len, parts)) < targeted:
+            self._missing = self._missing or f"not all {targeted} nodes are in the task's reports"
         self._slices = [tuple(part) for part in parts]
         self._rows = {name: row for part in parts for name, row in part.items()}
         self._versions = [item["metadata"]["resourceVersion"] for item in mine]
@@ -277,7 +271,7 @@ class TaskRunner:
     def _merge(self) -> merge.Merged:
         """Put reports into the rows; they are kept until `_taken` is cleared after the write."""
         for node, item in self._pending.items():
-            self._taken.setdefault(node, _Pending()).add(item.states.values(), item.complete)
+            self._taken.setdefault(node, merge.Pending()).add(item.states.values(), item.complete)
         self._pending = {}
         reports = [
             merge.Report(node, list(item.states.values()), item.complete)
@@ -367,10 +361,11 @@ class TaskRunner:
             if not self._loaded:
                 await self._load(task)
             merged = self._merge()
-            touched = slices.changed(self._slices, self._rows, merged.rows)
-            await self._write(task, merged.rows, touched)
-            # Before the agents may forget: nobody counts the rows of this task again otherwise.
-            await self._write_status(task, Verdict(task.phase, *self._last_words()))
+            if not self._missing:
+                touched = slices.changed(self._slices, self._rows, merged.rows)
+                await self._write(task, merged.rows, touched)
+                # Before the agents may forget: nobody counts these rows again otherwise.
+                await self._write_status(task, Verdict(task.phase, *self._last_words()))
             self._taken = {}
             self._world.send(
                 (node, Command(run_acks=[commands.run_id(task.uid, n)])) for node, n in merged.ended
