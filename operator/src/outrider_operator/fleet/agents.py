@@ -76,9 +76,9 @@ class AgentKeeper:
             self._queue.add(name, SETTLE_SECONDS)
         elif version_of(body) < version_of(known):
             return
-        elif body.get("status") != known.get("status"):
+        elif (body.get("status") or {}) != known["status"]:
             self._queue.add(name, 1.0)  # somebody else wrote it: put it right
-        self._known[name] = body
+        self._known[name] = _kept(body)
 
     def changed(self, node: str, delay: float = 0.0) -> None:
         """An agent came or went."""
@@ -124,7 +124,7 @@ class AgentKeeper:
         if made == previous:
             return
         try:
-            self._known[node] = await self._store.write_agent_status(node, made)
+            self._known[node] = _kept(await self._store.write_agent_status(node, made))
         except NotFoundError:
             self._known.pop(node, None)
             self._queue.add(node)
@@ -137,7 +137,7 @@ class AgentKeeper:
         except ConflictError:
             # It is there already; the status is all that counts, and is written whole.
             body = {"metadata": {"name": node, "generation": 1}, "status": {}}
-        self._known[node] = body
+        self._known[node] = _kept(body)
         return body
 
     def _look_for_nodeless(self) -> None:
@@ -159,3 +159,13 @@ class AgentKeeper:
         self._nodeless.pop(node, None)
         self._registry.forget(node)
         self._log.info("agent removed, its node is gone", node=node)
+
+
+def _kept(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is looked at later: the API server's notes on who set which field are larger."""
+    meta = body["metadata"]
+    names = ("name", "generation", "resourceVersion")
+    return {
+        "metadata": {key: meta[key] for key in names if key in meta},
+        "status": body.get("status") or {},
+    }

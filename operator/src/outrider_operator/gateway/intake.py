@@ -39,7 +39,8 @@ class ByteBudget:
     def __init__(self, limit: int, on_change: Callable[[int], None] = lambda _: None) -> None:
         self._limit = limit
         self._on_change = on_change
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        # Made when it is needed: each stream has a budget, and an empty deque takes 600 bytes.
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] | None = None
         self.held = 0
 
     async def take(self, size: int) -> None:
@@ -49,15 +50,16 @@ class ByteBudget:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (size, future)
-        self._waiting.append(entry)
+        waiting = self._waiting = deque() if self._waiting is None else self._waiting
+        waiting.append(entry)
         try:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 self.give_back(size)  # it was granted, and nobody is there to use it
             else:
-                if entry in self._waiting:
-                    self._waiting.remove(entry)
+                if entry in waiting:
+                    waiting.remove(entry)
                 self._grant()
             raise
 

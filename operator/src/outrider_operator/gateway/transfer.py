@@ -42,6 +42,7 @@ from outrider_operator.gateway.session import (
     RunsReported,
     SessionProtocol,
 )
+from outrider_operator.gateway.signal import Signal
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import AuthSettings, GatewaySettings
 
@@ -99,8 +100,8 @@ class AgentStream:
         self._context = context
         self._protocol = SessionProtocol(identity)
         self._outgoing = Outgoing()
-        self._wake = asyncio.Event()
-        self._flushed = asyncio.Event()
+        self._wake = Signal()
+        self._flushed = Signal()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._window = ByteBudget(shared.settings.window_bytes)
         self._places = asyncio.Semaphore(STREAM_BATCHES)
