@@ -87,7 +87,12 @@ class Bench:
     def leader(self) -> Program:
         """The server that leads."""
         servers = self.programs.servers.values()
-        return next(s for s in servers if metric(s, "outrider_server_leader") == 1)
+        wait_for("a server leads", lambda: any(map(_leads, servers)), CONNECT_SECONDS, 0.5)
+        return next(filter(_leads, servers))
+
+
+def _leads(server: Program) -> bool:
+    return metric(server, "outrider_server_leader") == 1
 
 
 def metric(program: Program, name: str) -> float:
@@ -197,11 +202,17 @@ def _connect(bench: Bench, steps: Steps) -> None:
         wait_for(f"{herd.size} agents are connected", connected, CONNECT_SECONDS, 0.25)
         seconds = time.monotonic() - began
     with steps.step("the servers come to rest"):
+        wait_for("every Agent is written", lambda: _agents_written(bench), CONNECT_SECONDS, 1.0)
         bench.rest()
     problems = dict(herd.problems().most_common(5))
     bench.report.line(
         "connect", seconds=round(seconds, 2), problems=problems, **_rename(spent.figures())
     )
+
+
+def _agents_written(bench: Bench) -> bool:
+    servers = bench.programs.servers.values()
+    return sum(metric(s, "outrider_server_agent_writes_total") for s in servers) >= bench.herd.size
 
 
 def _rename(figures: dict[str, float]) -> dict[str, float]:
@@ -224,7 +235,7 @@ def _report_memory(bench: Bench, base: dict[str, dict[str, int]]) -> None:
             "pss_mib": round(now[name]["pss"] / 2**20, 1),
             "streams": int(streams),
             "kib_per_agent": round(grown / measure.KIB / max(1.0, streams), 1),
-            "leads": metric(server, "outrider_server_leader") == 1,
+            "leads": _leads(server),
         }
     per_agent = total / measure.KIB / bench.herd.size
     bench.report.line("memory", kib_per_agent=round(per_agent, 1), by_server=servers)
