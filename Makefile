@@ -47,10 +47,14 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto/src --plugin=protoc-gen-myp
 proto: setup ## generate the Python code from the .proto files
 	$(call PROTOC,proto/src)
 
+.PHONY: crds
+crds: setup ## write what is derived in the resource definitions, and the chart's copies
+	$(BIN)/python crds/generate.py
+
 # ---------------------------------------------------------------- checks and tests
 
 PYTEST = PYTHONPATH=tests $(BIN)/pytest
-CHECKED := proto/src runtime/src operator/src agent/src cli/src tests benchmarks
+CHECKED := proto/src runtime/src operator/src agent/src cli/src crds tests benchmarks
 
 .PHONY: check
 check: setup ## everything fast: format, lint, types, layers, freshness, unit tests

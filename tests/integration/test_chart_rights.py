@@ -107,6 +107,8 @@ def test_the_server_does_all_its_work_with_the_charts_rights(programs: Programs)
     # Refused in a condition, which goes into the status.
     apply(programs, "later", run={"plugin": {"name": "fim", "dataType": 1}})
     wait_for("it is refused", lambda: phase(programs, "later") == "Failed", WAIT, 0.1)
+    # A schedule's task is made, and deleted when it is not to be kept.
+    keep_a_schedule(programs)
     # An AgentConfig gets a status too.
     plane.kubectl("apply", "-f", ROOT / "examples" / "agentconfig-host-metrics.yaml")
     lease = plane.kubectl("-n", NAMESPACE, "get", "lease", "outrider-leader", "-o", "json")
@@ -114,6 +116,35 @@ def test_the_server_does_all_its_work_with_the_charts_rights(programs: Programs)
     wait_for("the config has a status", lambda: config_status(programs), WAIT, 0.1)
     refused = [line for line in server_log(programs).splitlines() if "forbidden" in line.lower()]
     assert refused == []
+
+
+def keep_a_schedule(programs: Programs) -> None:
+    template = {"spec": {"run": {"command": ["true"]}}}
+    body = {
+        "apiVersion": "outrider.dev/v1alpha1",
+        "kind": "AgentTaskSchedule",
+        "metadata": {"name": "kept"},
+        "spec": {
+            "schedule": "0 0 1 1 *",
+            "successfulTasksHistoryLimit": 0,
+            "suspend": True,
+            "taskTemplate": template,
+        },
+    }
+    plane = programs.plane
+    plane.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+    # As after an outage: the last task was made long ago.
+    was = '{"status": {"lastScheduleTime": "2020-01-01T00:00:00Z"}}'
+    plane.kubectl("patch", "ats", "kept", "--subresource=status", "--type=merge", "-p", was)
+    plane.kubectl("patch", "ats", "kept", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+
+    def reasons() -> set[str]:
+        field = "--field-selector=involvedObject.name=kept"
+        found = json.loads(plane.kubectl("get", "events", field, "-o", "json"))
+        return {item["reason"] for item in found["items"]}
+
+    wanted = {"SuccessfulCreate", "SawCompletedTask", "SuccessfulDelete"}
+    wait_for("its task came and went", lambda: wanted <= reasons(), WAIT, 0.2)
 
 
 def running(programs: Programs, name: str) -> bool:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def schema(name: str) -> dict[str, Any]:
     loaded = yaml.safe_load((ROOT / "crds" / f"outrider.dev_{name}.yaml").read_text())
-    found: dict[str, Any] = loaded["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    return found["properties"]
+    root = loaded["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    found: dict[str, Any] = root["properties"]
+    return found
 
 
 def plain(value: Any) -> Any:
@@ -59,7 +60,7 @@ def test_a_template_is_the_spec_of_a_task() -> None:
 def test_defaults_and_bounds_are_those_of_the_code() -> None:
     fields = schema("agenttaskschedules")["spec"]["properties"]
     given = {name: field["default"] for name, field in fields.items() if "default" in field}
-    template = {"spec": {}}
+    template: dict[str, Any] = {"spec": {}}
     from_definition = {"schedule": "@daily", "taskTemplate": template, **given}
     from_code = {"schedule": "@daily", "taskTemplate": template}
     assert msgspec.convert(from_definition, ScheduleSpec) == msgspec.convert(

@@ -212,7 +212,7 @@ def test_readiness_says_what_is_in_the_way(spec, trouble, expected) -> None:
 
 
 def test_a_task_is_named_by_its_due_time_and_owned() -> None:
-    template = {
+    template: dict[str, Any] = {
         "metadata": {"labels": {"a": "b", "outrider.dev/schedule": "x"}, "annotations": {"c": "d"}},
         "spec": {"run": {"builtin": "Ping"}, "timeoutSeconds": 7},
     }
