@@ -371,3 +371,34 @@ async def test_the_only_report_deleted_is_no_success_either(cluster) -> None:
     leader.lead()
     await leader.advance()
     assert leader.status["reason"] == "ReportsLost"
+
+
+async def test_the_deadline_ends_what_runs_and_skips_the_rest(cluster) -> None:
+    rollout = {"maxConcurrent": 1, "waves": ["100%"]}
+    leader = Leader(cluster, list("ab"), {**PING, "rollout": rollout, "activeDeadlineSeconds": 60})
+    await leader.advance()
+    (first,) = leader.runs()
+    leader.says(first, RunPhase.RUN_PHASE_RUNNING)
+    assert await leader.advance() == pytest.approx(60, abs=1)
+    leader.now += 60
+    await leader.advance()
+    assert [node for node, command in leader.sent if command.cancels] == [first]
+    (other,) = set("ab") - {first}
+    assert cluster.rows()[other]["reason"] == "DeadlineExceeded"
+    leader.says(first, RunPhase.RUN_PHASE_CANCELLED)
+    await leader.advance()
+    assert (leader.status["phase"], leader.status["reason"]) == ("Failed", "DeadlineExceeded")
+
+
+async def test_an_agent_that_never_answers_does_not_keep_a_task_open(cluster) -> None:
+    leader = Leader(cluster, ["a"], {**PING, "activeDeadlineSeconds": 60})
+    await leader.advance()
+    leader.says("a", RunPhase.RUN_PHASE_RUNNING)
+    await leader.advance()
+    leader.now += 359
+    await leader.advance()
+    assert cluster.rows()["a"]["phase"] == "Running"
+    leader.now += 1
+    await leader.advance()
+    assert (cluster.rows()["a"]["phase"], cluster.rows()["a"]["reason"]) == ("Lost", "NoAnswer")
+    assert leader.status["phase"] == "Failed"
