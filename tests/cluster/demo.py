@@ -126,6 +126,7 @@ That took {seconds:.0f} s. It is all still running; next you can
   {kubectl} apply -f examples/disk-usage.yaml           # another task
   {kubectl} get agenttasks,agenttaskreports             # how it goes
   {kubectl} explain agenttask.spec                      # what a task can say
+  .venv/bin/kubectl-outrider run -- uptime              # run something now
   .venv/bin/python -m outrider_proto.records {records}  # what the agents sent
 
   make demo-down                                        # take it all away""")

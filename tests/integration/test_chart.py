@@ -578,6 +578,31 @@ def may(plane: ControlPlane, account: str, verb: str, resource: str, namespace: 
     return bool(answer["status"]["allowed"])
 
 
+AGGREGATE = "rbac.authorization.k8s.io/aggregate-to-"
+
+
+def test_roles_for_people_are_bound_to_nobody_and_join_others_only_if_asked(helm: Helm) -> None:
+    own = {"fleet-task-editor", "fleet-task-viewer", "fleet-output-reader"}
+
+    def roles(values: list[str]) -> dict[str, dict[str, str]]:
+        objects = helm.template(["fullnameOverride=fleet", *values])
+        bound = {item["roleRef"]["name"] for item in objects.values() if "roleRef" in item}
+        assert not bound & own
+        return {
+            name: item["metadata"]["labels"] for (_, name), item in objects.items() if name in own
+        }
+
+    plain = roles([])
+    assert plain.keys() == own
+    assert not [key for labels in plain.values() for key in labels if key.startswith(AGGREGATE)]
+    joined = roles(["userRoles.aggregate=true"])
+    assert joined["fleet-task-editor"][f"{AGGREGATE}edit"] == "true"
+    assert f"{AGGREGATE}view" not in joined["fleet-task-editor"]
+    assert joined["fleet-task-viewer"][f"{AGGREGATE}view"] == "true"
+    assert not [key for key in joined["fleet-output-reader"] if key.startswith(AGGREGATE)]
+    assert roles(["userRoles.create=false"]) == {}
+
+
 def test_the_notes_say_what_to_type(helm: Helm, installed: list[str]) -> None:
     notes = helm.run("get", "notes", RELEASE, "--namespace", NAMESPACE)
     assert "kubectl get agents" in notes

@@ -204,6 +204,19 @@ def test_no_node_fits_is_said(fleet) -> None:
     assert "NoMatchingNodes" in done.stderr
 
 
+def test_kubectl_finds_it_as_its_plug_in(fleet) -> None:
+    path = f"{PLUGIN.parent}:/usr/bin:/bin"
+    done = subprocess.run(
+        [fleet.plane.program("kubectl"), "outrider", "agents", "-o", "name"],
+        env={**environ(fleet), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=True,
+    )
+    assert set(done.stdout.split()) >= set(NODES)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -483,7 +496,11 @@ def bind(fleet: Programs, helm: Path, role: str) -> str:
     """A ServiceAccount with one of the chart's roles in the namespace default; its kubeconfig."""
     command = [helm, "template", "outrider", ROOT / "charts" / "outrider", "--namespace", NAMESPACE]
     rendered = subprocess.run(
-        [*map(str, command), "--show-only", "templates/user-roles.yaml"],
+        [
+            *map(str, command),
+            *("--show-only", "templates/user-roles.yaml"),
+            *("--kube-version", toolchain.version("kubernetes")),
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -6,9 +6,9 @@ silent unnoticed.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from outrider_cli import terminal
 from outrider_cli.cluster import Cluster
@@ -24,6 +24,11 @@ LATER_SECONDS: Final = 60.0
 STALLED_SECONDS: Final = 2.0
 #: The reports, which may be large, are read at most so often for that, seconds.
 REPORTS_SECONDS: Final = 5.0
+
+#: What is read after the end of a task is tried so often, a second apart.
+TRIES: Final = 10
+
+T = TypeVar("T")
 
 LEAVE, CANCEL, WATCH = "leave", "cancel", "watch"
 
@@ -47,6 +52,23 @@ class _Memory:
     @property
     def stalled(self) -> bool:
         return time.monotonic() - self.moved >= STALLED_SECONDS
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Read something, also from an API server that is away for a moment.
+
+    Raises:
+        UnavailableError: It was away for TRIES seconds and more.
+    """
+    for left in range(TRIES, 0, -1):
+        try:
+            return read()
+        except UnavailableError as error:
+            if left == 1:
+                raise
+            terminal.say(f"waiting: {error}")
+            time.sleep(1)
+    raise AssertionError("TRIES is at least 1")
 
 
 class Follower:

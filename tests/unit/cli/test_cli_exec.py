@@ -79,7 +79,7 @@ async def server(tmp_path: Path) -> AsyncIterator[ExecServer]:
 def run(tmp_path: Path) -> Run:
     async def run_output(*words: str) -> tuple[int, bytes, list[str]]:
         process = await asyncio.create_subprocess_exec(
-            *(PLUGIN, "--kubeconfig", tmp_path / "config", "output", "t", "node", *words),
+            *(str(PLUGIN), "--kubeconfig", str(tmp_path / "config"), "output", "t", "node", *words),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -15,8 +15,8 @@ from outrider_cli.core import render, request
 from outrider_cli.core.rows import rows_of
 from outrider_cli.core.text import span
 from outrider_cli.core.waiting import snapshot, verdict
-from outrider_cli.errors import ConflictError, Exit, UsageError
-from outrider_cli.follow import Follower
+from outrider_cli.errors import ConflictError, Exit, LeftError, UnavailableError, UsageError
+from outrider_cli.follow import Follower, patiently
 
 #: Largest script, bytes; the resource definition has the same bound.
 SCRIPT_BYTES: Final = 262_144
@@ -54,7 +54,7 @@ def run(cluster: Cluster, arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     uid = _create(cluster, asked)
     task = Follower(cluster, asked.name).to_end()
-    rows = rows_of(cluster.reports(asked.name), uid)
+    rows = rows_of(patiently(lambda: cluster.reports(asked.name)), uid)
     terminal.write(render.results(task, rows, arguments.output))
     found = snapshot(task)
     terminal.say(f"{asked.name}: {verdict(found)}, {span(time.monotonic() - began)}")
@@ -68,6 +68,14 @@ def _create(cluster: Cluster, asked: request.Request) -> str:
         raise ConflictError(
             f"there is an AgentTask {cluster.namespace}/{asked.name} already: "
             "give another --name, or delete it"
+        ) from None
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"{error} (AgentTask {cluster.namespace}/{asked.name} may have been made all the same)"
+        ) from None
+    except KeyboardInterrupt:
+        raise LeftError(
+            f"left: AgentTask {cluster.namespace}/{asked.name} may have been made"
         ) from None
     return str(made["metadata"]["uid"])
 
