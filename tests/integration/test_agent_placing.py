@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -106,7 +107,12 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
 
 
 async def test_a_run_is_of_its_user_and_its_groups_and_no_others(node: Node) -> None:
-    state = await node.shell(PRINT_IDS, user="nobody")
+    before = os.getgroups()
+    os.setgroups([54321])  # one of the agent's own must not be passed on
+    try:
+        state = await node.shell(PRINT_IDS, user="nobody")
+    finally:
+        os.setgroups(before)
     assert state.phase == pb.RUN_PHASE_SUCCEEDED, state
     assert state.preview.decode().split() == ["65534", "65534", "65534", "/nonexistent", "nobody"]
 
@@ -261,20 +267,25 @@ async def made_host(folder: Path) -> AsyncIterator[int]:
         f" mkdir /opt/tools; cp {tool} /opt/tools/real; ln -s /opt/tools/real /opt/tool;"
         " echo ready; exec sleep 600"
     )
+    unshare = "unshare --mount --uts --ipc --net --pid --fork --mount-proc"
+    # As a true host: not among the agent's descendants.
     process = await asyncio.create_subprocess_exec(
-        *("unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"),
-        *("--kill-child", "sh", "-c", script),
-        stdout=asyncio.subprocess.PIPE,
+        *("sh", "-c", f'{unshare} sh -c "$0" & echo $!', script), stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
+    outer = int(await process.stdout.readline())
     try:
         async with asyncio.timeout(20):
             assert await process.stdout.readline() == b"ready\n"
-            (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (first,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
         yield int(first)
     finally:
-        process.kill()
-        await process.wait()
+        for child in Path(f"/proc/{outer}/task/{outer}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)  # and with it all of its process namespace
+        async with asyncio.timeout(20):
+            while (left := processes.inspect(outer)) and not left.zombie:
+                await asyncio.sleep(0.02)
+            await process.wait()
 
 
 async def test_a_run_on_the_host_sees_the_host(tmp_path: Path) -> None:
@@ -337,9 +348,10 @@ async def test_executables_are_checked_as_the_host_sees_them(tmp_path: Path) -> 
 @pytest.mark.parametrize("user", ["", "hostuser"])
 async def test_scripts_reach_the_host_without_a_file(tmp_path: Path, user: str) -> None:
     async with made_host(tmp_path) as pid, node_in(tmp_path, host_pid=pid) as node:
-        state = await node.script("sh", "-eu", source="hostname\nid -u\n", host=True, user=user)
+        source = 'hostname\nid -u\n(echo x >> "$0") 2>&- || echo sealed\n'
+        state = await node.script("sh", "-u", source=source, host=True, user=user)
         assert state.phase == pb.RUN_PHASE_SUCCEEDED, state
-        assert state.preview.decode().split() == ["made-host", "4711" if user else "0"]
+        assert state.preview.decode().split() == ["made-host", "4711" if user else "0", "sealed"]
 
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
