@@ -279,7 +279,21 @@ async def test_a_call_may_go_away_while_others_wait(which: int) -> None:
     assert gone.cancelled()
     review.go.set()
     assert all(isinstance(outcome, Identity) for outcome in await asyncio.gather(*calls))
-    assert review.calls == (2 if which == 0 else 1)
+    assert review.calls == 1
+
+
+async def test_a_review_goes_on_for_a_caller_that_comes_again() -> None:
+    authenticator, review = slow(max_reviews=1)
+    tokens = [make_token(9e9) for _ in range(3)]
+    calls = [asyncio.create_task(authenticator.authenticate(token)) for token in tokens]
+    await asyncio.sleep(0)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    review.go.set()
+    again = await asyncio.gather(*map(authenticator.authenticate, tokens))
+    assert all(isinstance(outcome, Identity) for outcome in again)
+    assert review.calls == 3
 
 
 async def test_reviews_at_once_and_waiting_are_bounded() -> None:

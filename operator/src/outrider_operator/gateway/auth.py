@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 import grpc.aio
@@ -43,6 +43,12 @@ Review = Callable[[str, str], Awaitable[ReviewStatus]]
 Outcome = Identity | Refusal
 if TYPE_CHECKING:  # generic in the stubs only
     Handler = grpc.RpcMethodHandler[Any, Any]
+
+_NO_ANSWER: Final = Refusal(
+    RefusalCode.UNAVAILABLE,
+    "ReviewUnavailable",
+    "the token cannot be checked: the API server does not answer; try later",
+)
 
 log = get_logger(__name__)
 
@@ -86,24 +92,33 @@ class Authenticator:
             servers=frozenset(settings.server_service_accounts),
         )
         self._cache: OrderedDict[bytes, tuple[Outcome, float]] = OrderedDict()
-        self._pending: dict[bytes, asyncio.Future[Outcome | None]] = {}
+        self._pending: dict[bytes, asyncio.Task[Outcome]] = {}
         self._slots = asyncio.Semaphore(settings.max_reviews)
 
     async def authenticate(self, token: str) -> Outcome:
         """Identity of a token's owner, or why it is refused; never raises for a bad token."""
         key = hashlib.sha256(token.encode()).digest()
-        while True:
-            remembered = self._remembered(key)
-            if remembered is not None:
-                self._metrics.token_cache_hits.inc()
-                return remembered
-            pending = self._pending.get(key)
-            if pending is None:
-                return await self._ask(key, token)
-            # Shielded: this caller may go away, the others still wait.
-            outcome = await asyncio.shield(pending)
-            if outcome is not None:
-                return outcome
+        remembered = self._remembered(key)
+        if remembered is not None:
+            self._metrics.token_cache_hits.inc()
+            return remembered
+        pending = self._pending.get(key)
+        if pending is None:
+            if len(self._pending) >= self._settings.max_waiting:
+                return Refusal(
+                    RefusalCode.UNAVAILABLE,
+                    "TooManyReviews",
+                    "too many tokens to review, try later",
+                )
+            pending = self._begin(key, token)
+        # Shielded: the caller may go away, and finds the answer when it comes again. Were the
+        # review ended with it, thousands that come at once and have patience for less than the
+        # queue takes would get nowhere, however often they come.
+        try:
+            async with asyncio.timeout(self._settings.review_timeout_seconds):
+                return await asyncio.shield(pending)
+        except TimeoutError:
+            return _NO_ANSWER
 
     def _remembered(self, key: bytes) -> Outcome | None:
         entry = self._cache.get(key)
@@ -116,49 +131,38 @@ class Authenticator:
         self._cache.move_to_end(key)
         return entry[0]
 
-    async def _ask(self, key: bytes, token: str) -> Outcome:
-        """Review a token for all callers that wait for it; None tells them to try themselves."""
-        if len(self._pending) >= self._settings.max_waiting:
-            return Refusal(
-                RefusalCode.UNAVAILABLE, "TooManyReviews", "too many tokens to review, try later"
-            )
-        future: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-        self._pending[key] = future
+    def _begin(self, key: bytes, token: str) -> asyncio.Task[Outcome]:
+        """Review a token for all callers that wait for it, now or later."""
+        task = asyncio.create_task(self._reviewed(key, token), name="token review")
+        self._pending[key] = task
         self._metrics.reviews_waiting.set(len(self._pending))
-        outcome: Outcome | None = None
-        try:
-            outcome = await self._reviewed(token)
-            self._remember(key, outcome)
-        finally:
-            del self._pending[key]
-            self._metrics.reviews_waiting.set(len(self._pending))
-            future.set_result(outcome)
-        return outcome
+        task.add_done_callback(lambda _: self._settle(key))
+        return task
 
-    async def _reviewed(self, token: str) -> Outcome:
+    def _settle(self, key: bytes) -> None:
+        del self._pending[key]
+        self._metrics.reviews_waiting.set(len(self._pending))
+
+    async def _reviewed(self, key: bytes, token: str) -> Outcome:
         try:
-            async with asyncio.timeout(self._settings.review_timeout_seconds), self._slots:
+            async with self._slots, asyncio.timeout(self._settings.review_timeout_seconds):
                 with self._metrics.review_seconds.time():
                     status = await self._review(token, self._settings.audience)
         except (ReviewUnavailableError, TimeoutError) as error:
             self._metrics.reviews.labels("unavailable").inc()
             log.warning("token not reviewed", error=str(error) or "timeout")
-            return Refusal(
-                RefusalCode.UNAVAILABLE,
-                "ReviewUnavailable",
-                "the token cannot be checked: the API server does not answer; try later",
-            )
+            return _NO_ANSWER
         outcome = identity_of(status, self._policy)
         if isinstance(outcome, Refusal):
             self._metrics.reviews.labels("refused").inc()
             log.info("token refused", reason=outcome.reason, error=status.error)
-            return outcome
-        self._metrics.reviews.labels("accepted").inc()
-        return replace(outcome, expires=token_expiry(token))
+        else:
+            self._metrics.reviews.labels("accepted").inc()
+            outcome = replace(outcome, expires=token_expiry(token))
+        self._remember(key, outcome)
+        return outcome
 
     def _remember(self, key: bytes, outcome: Outcome) -> None:
-        if isinstance(outcome, Refusal) and outcome.code is RefusalCode.UNAVAILABLE:
-            return
         if isinstance(outcome, Refusal):
             until = self._now() + self._settings.refusal_cache_seconds
         else:
