@@ -100,14 +100,15 @@ class Leadership:
         try:
             controller = Controller(cluster, self._settings, self._metrics)
             await _until_done(controller.load, "the cluster cannot be read")
-            await _until_done(schedules.resync, "the schedules cannot be read")
+            # Tasks do not wait for schedules: what cannot be read now, the watches show later.
+            await _tried(schedules.resync)
 
             def changed(change: Change) -> None:
                 controller.changed(change)
                 schedules.changed(change)
 
             async def resync() -> list[Object]:
-                return [*await controller.resync(), *await schedules.resync()]
+                return [*await controller.resync(), *(await _tried(schedules.resync) or [])]
 
             links = Links(
                 self._settings.fleet, self._replica, term, self._ca, controller, self._metrics
