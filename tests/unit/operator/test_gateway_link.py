@@ -9,7 +9,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from fakes.gateway import RunningGateway, eventually, open_stream, running_gateway
+from fakes.gateway import (
+    RunningGateway,
+    eventually,
+    open_stream,
+    running_gateway,
+)
+from outrider_proto import limits
 from outrider_proto.channel import bearer
 from outrider_proto.v1.agent_pb2 import Command, Drain, PackagedData, RunId, RunReport, RunState
 from outrider_proto.v1.fleet_pb2 import LeaderHello, LinkRequest, LinkResponse, NodeCommand
@@ -223,3 +229,27 @@ async def test_drain_keeps_the_link_until_agents_have_left(
     await agent.call.done_writing()
     assert (await leader.receive()).left[0].node == "a"
     assert await leader.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_no_agent_can_break_the_link_by_the_size_of_what_it_says(
+    running: RunningGateway, channel: grpc.aio.Channel
+) -> None:
+    leader, _ = await link(running, channel, 1)
+    node = "large-" + "x" * 200
+    agent = await open_stream(channel, running.reviews.agent(node), node)
+    # All of it keeps the limits of its parts, but the link's message around it would not.
+    state = RunState(id=RunId(task_uid="t", attempt=1), preview=bytes(limits.PREVIEW_BYTES))
+    state.message = "\u20ac" * 1000
+    message = PackagedData(run_report=RunReport(runs=[state] * 1000))
+    while message.ByteSize() > limits.MESSAGE_BYTES:
+        del message.run_report.runs[-1]
+    while (spare := limits.MESSAGE_BYTES - message.ByteSize()) > 100:
+        rest = bytes(min(spare - 50, limits.PREVIEW_BYTES))
+        message.run_report.runs.add(id=state.id, preview=rest)
+    assert limits.MESSAGE_BYTES - 100 < message.ByteSize() <= limits.MESSAGE_BYTES
+    await agent.send(message)
+    assert await agent.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await open_stream(channel, running.reviews.agent("good"), "good")
+    seen: set[str] = set()
+    while "good" not in seen:
+        seen.update(session.node for session in (await leader.receive()).joined)

@@ -1,6 +1,9 @@
 """The protocol of a stream, what waits for an agent and for the leader: no input or output."""
 
+from typing import TypeVar
+
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_operator.core.identity import Identity, Role
@@ -34,6 +37,7 @@ from outrider_proto.v1.agent_pb2 import (
 )
 from outrider_proto.v1.fleet_pb2 import AgentLeft, AgentSession, NodeRunReport
 
+M = TypeVar("M", bound=Message)
 IDENTITY = Identity(Role.AGENT, "outrider/outrider-agent", "n", "uid", "p", "pu")
 HELLO = PackagedData(hello=Hello(node="n"))
 BATCH = RecordBatch(epoch=1, seq=1, codec=CODEC_NONE, records=b"x", count=1, decompressed_bytes=1)
@@ -45,6 +49,15 @@ def changed(**fields: object) -> PackagedData:
     for name, value in fields.items():
         setattr(batch, name, value)
     return PackagedData(batch=batch)
+
+
+def padded(message: M, size: int) -> M:
+    """A copy with so many bytes in a field that nobody knows; receivers keep such fields."""
+    length = bytes(size >> shift & 0x7F | (0x80 if shift < 21 else 0) for shift in (0, 7, 14, 21))
+    copy = type(message)()
+    copy.CopyFrom(message)
+    copy.MergeFromString(b"\xc2\x3e" + length + bytes(size))  # field 1000, with a length
+    return copy
 
 
 def run(uid: str = "t", attempt: int = 1, **fields: object) -> PackagedData:
@@ -71,6 +84,7 @@ def opened() -> SessionProtocol:
         (PackagedData(hello=Hello(node="n"), heartbeat=Heartbeat()), "SeveralKinds"),
         (PackagedData(hello=Hello(node="n", kernel="x" * 1000)), "BadHello"),
         (PackagedData(hello=Hello(node="n", run_kinds=["x"] * 100)), "BadHello"),
+        (PackagedData(hello=padded(Hello(node="n"), limits.HELLO_BYTES)), "BadHello"),
     ],
 )
 def test_first_message_refused(message: PackagedData, reason: str) -> None:
@@ -121,6 +135,16 @@ def test_content(message: PackagedData, kind: type[Event]) -> None:
         (changed(count=0), "INVALID_ARGUMENT", "BadBatch"),
         (changed(records=b"x" * (limits.BATCH_BYTES + 1)), "INVALID_ARGUMENT", "BadBatch"),
         (changed(decompressed_bytes=2**31), "INVALID_ARGUMENT", "BadBatch"),
+        (
+            PackagedData(batch=padded(BATCH, limits.BATCH_HEAD_BYTES)),
+            "INVALID_ARGUMENT",
+            "BadBatch",
+        ),
+        (
+            PackagedData(run_report=padded(RunReport(), limits.RUN_REPORT_BYTES)),
+            "INVALID_ARGUMENT",
+            "BadRunReport",
+        ),
         (run(uid=""), "INVALID_ARGUMENT", "BadRunReport"),
         (run(uid="x" * 100), "INVALID_ARGUMENT", "BadRunReport"),
         (run(attempt=0), "INVALID_ARGUMENT", "BadRunReport"),

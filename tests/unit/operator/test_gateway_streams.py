@@ -412,7 +412,7 @@ class TestSinkAway:
             for number in range(8):
                 node = f"node-{number}"
                 agents.append(await open_stream(channel, running.reviews.agent(node), node))
-                batch = make_batch(1, size=limits.RECORD_BYTES - 100)
+                batch = make_batch(1, size=limits.RECORD_BYTES - 16 * limits.KIB)
                 await agents[-1].send(PackagedData(batch=batch))
             await eventually(lambda: running.metric("batches_total", result="let_go") == 4)
             assert 0 < running.metric("batches_inflight_bytes") <= limit

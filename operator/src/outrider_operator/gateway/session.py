@@ -15,8 +15,7 @@ from outrider_proto.v1.agent_pb2 import Heartbeat, Hello, PackagedData, RecordBa
 
 from outrider_operator.core.identity import Identity
 
-#: Longest texts in a Hello, characters: they end up in Agent objects, and all of them together in
-#: the first message of a link.
+#: Longest texts in a Hello, characters: they end up in Agent objects.
 HELLO_TEXT_LENGTH: Final = 128
 HELLO_RUN_KINDS: Final = 16
 #: Longest task UID and reason in a run report, characters.
@@ -134,6 +133,9 @@ class SessionProtocol:
         hello = message.hello
         if hello.node != self._identity.node:
             return _denied("ForeignNode", "hello.node is not the node in the token")
+        # Fields that are not known here count as well: they are kept and passed on.
+        if hello.ByteSize() > limits.HELLO_BYTES:
+            return _invalid("BadHello", f"a hello has at most {limits.HELLO_BYTES} bytes")
         texts = [hello.version, hello.net_mode, hello.instance, hello.platform, hello.kernel]
         texts += hello.run_kinds
         if len(hello.run_kinds) > HELLO_RUN_KINDS or any(
@@ -165,6 +167,8 @@ class SessionProtocol:
 
 def check_report(report: RunReport) -> str | None:
     """Why a run report is beyond the limits; None when it keeps them."""
+    if report.ByteSize() > limits.RUN_REPORT_BYTES:
+        return f"a report of {report.ByteSize()} bytes; at most {limits.RUN_REPORT_BYTES}"
     if len(report.runs) > limits.RUNS_PER_MESSAGE:
         return f"{len(report.runs)} runs; at most {limits.RUNS_PER_MESSAGE}"
     for run in report.runs:
