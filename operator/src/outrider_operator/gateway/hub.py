@@ -89,9 +89,14 @@ class Hub:
         return self._last_number
 
     def join(self, stream: Stream) -> None:
-        """Add a stream; an older one of the same node is ended."""
+        """Add a stream; an older one of the same node is ended, be it this one."""
         node = stream.info.node
         before = self._streams.get(node)
+        if before is not None and before.info.session > stream.info.session:
+            # Its hello came late, from a connection that its agent has left. The leader goes by
+            # the numbers, and would hear nothing of this one.
+            stream.end(REPLACED)
+            return
         self._streams[node] = stream
         self._metrics.streams.set(len(self._streams))
         if before is not None:
