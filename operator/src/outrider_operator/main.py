@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return life.USAGE
-    logs.configure(settings.log.level, settings.log.format)
+    # kopf attaches these to every record, the first with all of its settings.
+    hidden = ("settings", "k8s_ref", "k8s_skip")
+    logs.configure(settings.log.level, settings.log.format, hidden=hidden)
     return life.run(lambda stop: Server(settings, release).run(stop), log)
 
 
