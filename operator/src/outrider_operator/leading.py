@@ -43,7 +43,6 @@ class Leadership:
         metrics: the server's.
         health: the condition "api" is set here.
         replica: name of this replica.
-        ca: issuers of the gateways' certificates, PEM.
     """
 
     def __init__(
@@ -54,10 +53,9 @@ class Leadership:
         metrics: ServerMetrics,
         health: Health,
         replica: str,
-        ca: bytes,
     ) -> None:
         self._kube, self._config, self._settings = kube, config, settings
-        self._metrics, self._health, self._replica, self._ca = metrics, health, replica, ca
+        self._metrics, self._health, self._replica = metrics, health, replica
         self._watches: Watches | None = None
         self.review = reviewer(kube)
 
@@ -96,9 +94,7 @@ class Leadership:
         try:
             controller = Controller(cluster, self._settings, self._metrics)
             await _until_done(controller.load, "the cluster cannot be read")
-            links = Links(
-                self._settings.fleet, self._replica, term, self._ca, controller, self._metrics
-            )
+            links = Links(self._settings.fleet, self._replica, term, controller, self._metrics)
             watches = self._watches = Watches(self._config, controller.changed, self._metrics)
             async with asyncio.TaskGroup() as group:
                 group.create_task(controller.run(links), name="controller")
