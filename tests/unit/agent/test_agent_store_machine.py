@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
 from outrider_agent.store.store import Store, StoreLimits
+from outrider_proto import batches
 from outrider_proto.v1 import agent_pb2 as pb
 
 T = TypeVar("T")
@@ -73,11 +74,18 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(record_class=st.sampled_from(RecordClass), size=st.integers(1, 2_000))
     def append(self, record_class: RecordClass, size: int) -> None:
-        done = self.do(self.store.append_batch(batch_of("x" * size, record_class)))
+        new = batch_of("x" * size, record_class)
+        made = batches.encode(
+            new.records,
+            epoch=self.epoch,
+            seq=self.next_seq,
+            codec=new.codec,
+            created_unix_nanos=new.created_unix_nanos,
+        )
+        done = self.do(self.store.append_batch(new))
         assert done.seq == self.next_seq
         self.next_seq += 1
-        waiting = self.do(self.store.batches_after(done.seq - 1, 1, at_least_one=True))
-        self.batches[done.seq] = (record_class, waiting[0].size if waiting else size)
+        self.batches[done.seq] = (record_class, made.ByteSize())
         lost = 0
         while sum(size for _, size in self.batches.values()) > MAX_BYTES:
             del self.batches[min(self.batches, key=lambda s: (self.batches[s][0], s))]
