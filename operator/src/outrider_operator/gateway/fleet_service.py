@@ -145,6 +145,8 @@ class Link:
         self._context = context
         self._outgoing = LinkOutgoing()
         self._wake = asyncio.Event()
+        # Set, and replaced by another, each time that something was taken.
+        self._taken = asyncio.Event()
         self._ended: asyncio.Future[LinkEnd] = asyncio.get_running_loop().create_future()
 
     def joined(self, session: AgentSession) -> None:
@@ -165,10 +167,20 @@ class Link:
         if self._outgoing.full:
             self.end(TOO_SLOW)
 
+    async def room(self, node: str) -> None:
+        """Wait until most of what a node reported has been taken, or the link has ended."""
+        while self._outgoing.holds_up(node) and not self._ended.done():
+            await self._taken.wait()
+
     def end(self, end: LinkEnd) -> None:
         """End the link; only the first end counts."""
         if not self._ended.done():
             self._ended.set_result(end)
+        self._note_taken()
+
+    def _note_taken(self) -> None:
+        self._taken.set()
+        self._taken = asyncio.Event()
 
     async def serve(self) -> LinkEnd:
         """Serve the link from its hello to its end."""
@@ -189,6 +201,7 @@ class Link:
         try:
             end = await self._exchange(request)
         finally:
+            self.end(end)  # where it was cancelled, nobody has said so yet
             self._links.leave_place(self)
             bound.info("link ended", reason=end.reason)
         return end
@@ -246,6 +259,7 @@ class Link:
                 self._wake.clear()
                 while (message := self._outgoing.take()) is not None:
                     self._links.metrics.link_pending.set(self._outgoing.report_bytes)
+                    self._note_taken()
                     await self._send(message)
                 await self._wake.wait()
         except TimeoutError:

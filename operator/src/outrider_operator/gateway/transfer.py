@@ -232,6 +232,7 @@ class AgentStream:
                     await self._take(event.batch, group)
                 elif isinstance(event, RunsReported):
                     self._shared.hub.report(self, event.report)
+                    await self._shared.hub.room(self.info.node)
                 elif isinstance(event, HeartbeatCame):
                     self._outgoing.answer(event.heartbeat)
                     self._wake.set()
