@@ -3,16 +3,19 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outrider_agent.core.outcome import Cause, Ending
 from outrider_agent.core.output import Chunk, Output
 from outrider_agent.tasks import processes
+from outrider_agent.tasks import program as running_programs
 from outrider_agent.tasks.program import Children, Program, Started, StartError, run_program
 
 PATH = os.environ["PATH"]
@@ -153,6 +156,28 @@ async def test_being_cancelled_ourselves_leaves_nothing(bench: Bench) -> None:
         await running
 
 
+async def test_being_cancelled_while_it_starts_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process begins in a thread: it is there before we hear of it, or even after."""
+    spawning, go = asyncio.Event(), threading.Event()
+    loop, spawn = asyncio.get_running_loop(), running_programs._spawn
+
+    def slow(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(spawning.set)
+        assert go.wait(10)
+        return spawn(*arguments)
+
+    monkeypatch.setattr(running_programs, "_spawn", slow)
+    running = asyncio.ensure_future(bench.shell("sleep 60 & sleep 60"))
+    await spawning.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
 async def test_a_background_child_that_holds_the_pipe_does_not_hang_the_run(bench: Bench) -> None:
     began = time.monotonic()
     ending = await bench.shell("sleep 60 & echo done")
@@ -259,13 +284,18 @@ async def test_descriptors_and_threads_do_not_leak(bench: Bench) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_without_pidfd_a_thread_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_pidfd_no_thread_is_held(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(pid: int, flags: int = 0) -> int:
         raise OSError(38, "not implemented")
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    assert await bench.shell("exit 4") == Ending(exit_code=4)
-    assert (await bench.shell("sleep 60", timeout=0.3)).cause is Cause.TIMEOUT
+    with ThreadPoolExecutor(1) as bench.threads:
+        assert await bench.shell("exit 4") == Ending(exit_code=4)
+        began = time.monotonic()
+        assert (await bench.shell("sleep 15", timeout=0.3)).cause is Cause.TIMEOUT
+        assert time.monotonic() - began < 10, "nothing could end it"
 
 
 def test_a_reused_process_id_is_not_hit() -> None:

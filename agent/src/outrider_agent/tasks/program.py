@@ -28,6 +28,8 @@ READ_BYTES = 64 * 1024
 DRAIN_SECONDS = 2.0
 #: How long processes are killed again and again, seconds: one in an uninterruptible wait stays.
 KILL_SECONDS = 5.0
+#: Between two looks whether a process has ended, where the system does not tell, seconds.
+EXIT_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,22 @@ async def run_program(
         children.known.discard(process.pid)  # one that is stuck is left to the reaper
 
 
+async def _undo(
+    started: "asyncio.Future[subprocess.Popen[bytes]]",
+    program: Program,
+    children: Children,
+    threads: Executor,
+) -> None:
+    """End a process that began although its run was cancelled meanwhile."""
+    await asyncio.wait([started])
+    if started.exception() is None:
+        process = started.result()
+        children.known.add(process.pid)
+        if await _kill(program.mark, process.pid, threads):
+            process.wait()
+        children.known.discard(process.pid)
+
+
 async def _start(
     program: Program, children: Children, threads: Executor
 ) -> tuple["subprocess.Popen[bytes]", int]:
@@ -157,8 +175,13 @@ async def _start(
         started = asyncio.get_running_loop().run_in_executor(
             threads, _spawn, program, path, write_end
         )
-        # Not to be left half-way: a process that nobody knows of would stay.
-        process = await asyncio.shield(started)
+        try:
+            process = await asyncio.shield(started)
+        except asyncio.CancelledError:
+            # Not to be left half-way: a process that nobody knows of would stay.
+            os.close(read_end)
+            await asyncio.shield(_undo(started, program, children, threads))
+            raise
         children.known.add(process.pid)
     except OSError as error:
         os.close(read_end)
@@ -229,7 +252,7 @@ async def _supervise(
     program: Program, pid: int, stop: asyncio.Future[Cause], threads: Executor
 ) -> Ending:
     """Wait for the leader's end, or bring it about; then end all that it left."""
-    gone = asyncio.ensure_future(exited(pid, threads))
+    gone = asyncio.ensure_future(exited(pid))
     cause = Cause.ITSELF
     try:
         ends: set[asyncio.Future[Any]] = {gone, stop}
@@ -263,7 +286,7 @@ async def _kill(mark: str, leader: int, threads: Executor) -> bool:
     )
 
 
-async def exited(pid: int, threads: Executor) -> tuple[int | None, int]:
+async def exited(pid: int) -> tuple[int | None, int]:
     """Wait for the end of a child without reaping it: its id stays taken till we say so.
 
     Returns:
@@ -272,8 +295,10 @@ async def exited(pid: int, threads: Executor) -> tuple[int | None, int]:
     loop = asyncio.get_running_loop()
     try:
         fd = os.pidfd_open(pid)
-    except OSError:  # kernels before 5.3, or a strict seccomp profile: a thread waits
-        await loop.run_in_executor(threads, os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except OSError:  # kernels before 5.3, or a strict seccomp profile
+        # Not in a thread: a few long runs would take all of them, and none could be ended.
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:  # noqa: ASYNC222 - does not wait
+            await asyncio.sleep(EXIT_POLL_SECONDS)
     else:
         readable = asyncio.Event()
         loop.add_reader(fd, readable.set)
