@@ -29,6 +29,8 @@ from outrider_agent.tasks.program import Children, Program, Started, StartError,
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Longest time that a builtin may take, whatever the task says, seconds.
 BUILTIN_SECONDS = 60.0
+#: Begin of the names in the work directory that are ours: it may be one that others use too.
+SCRIPT_PREFIX = "outrider-run-"
 
 BuiltinFunction = Callable[[], Awaitable[bytes]]
 
@@ -146,7 +148,7 @@ def _argv(command: pb.RunCommand, work_directory: Path) -> Iterator[Sequence[str
         yield list(command.command.argv)
         return
     work_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="run-", dir=work_directory))
+    directory = Path(tempfile.mkdtemp(prefix=SCRIPT_PREFIX, dir=work_directory))
     try:
         script = directory / "script"
         fd = os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
@@ -159,7 +161,7 @@ def _argv(command: pb.RunCommand, work_directory: Path) -> Iterator[Sequence[str
 
 def clear_scripts(work_directory: Path) -> None:
     """Remove the scripts that an agent that was killed left behind. Blocks."""
-    for left in work_directory.glob("run-*"):
+    for left in work_directory.glob(f"{SCRIPT_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -297,7 +297,7 @@ async def exited(pid: int) -> tuple[int | None, int]:
         fd = os.pidfd_open(pid)
     except OSError:  # kernels before 5.3, or a strict seccomp profile
         # Not in a thread: a few long runs would take all of them, and none could be ended.
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:  # noqa: ASYNC222 - does not wait
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:  # noqa: ASYNC110, ASYNC222 - nothing tells of it, and the call does not wait
             await asyncio.sleep(EXIT_POLL_SECONDS)
     else:
         readable = asyncio.Event()
