@@ -209,6 +209,34 @@ async def test_run_its_agent_has_forgotten_is_interrupted(cluster) -> None:
     assert (row["phase"], row["reason"]) == ("Interrupted", "AgentLostState")
 
 
+async def test_a_task_whose_reports_were_deleted_fails_and_begins_nothing_more(
+    cluster, monkeypatch
+) -> None:
+    monkeypatch.setattr(slices, "MAX_ROWS", 1)
+    spec = PING | {"rollout": {"maxConcurrent": 1, "waves": ["100%"]}}
+    leader = Leader(cluster, ["a", "b"], spec)
+    await leader.advance()
+    begun = leader.runs()
+    del cluster.reports["default", "t-uid-of-t-0"]
+    leader.lead()
+    await leader.advance()
+    assert (leader.status["phase"], leader.status["reason"]) == ("Failed", "ReportsMissing")
+    assert leader.runs() == begun
+    assert not cluster.task("t")["metadata"]["finalizers"]
+    leader.says(begun[0], RunPhase.RUN_PHASE_SUCCEEDED, exit_code=0)
+    await leader.advance()
+    assert leader.acks() == begun
+
+
+async def test_a_task_whose_only_report_was_deleted_has_not_succeeded(cluster) -> None:
+    leader = Leader(cluster, ["a"], PING)
+    await leader.advance()
+    cluster.reports.clear()
+    leader.lead()
+    await leader.advance()
+    assert (leader.status["phase"], leader.status["reason"]) == ("Failed", "ReportsMissing")
+
+
 async def test_waves_wait_for_all_before_them_and_the_interval(cluster) -> None:
     rollout = {"maxConcurrent": "100%", "waves": [1, 3, "100%"], "waveIntervalSeconds": 60}
     leader = Leader(cluster, list("abcde"), {**PING, "rollout": rollout})

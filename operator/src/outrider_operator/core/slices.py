@@ -31,6 +31,10 @@ _ESCAPED: Final = re.compile('[<>&\u2028\u2029"\\\\\x00-\x1f]')
 _TWO: Final = '"\\\n\r\t'
 
 
+class MissingReportsError(ValueError):
+    """Reports of a task were deleted: some of its nodes stand in none."""
+
+
 def _stored_bytes(character: str) -> int:
     if character in _SIX:
         return 6
@@ -103,8 +107,8 @@ def from_objects(objects: Iterable[Mapping[str, Any]], uid: str) -> list[dict[st
     """The rows of a task, slice by slice. Objects of other tasks are passed over.
 
     Raises:
-        ValueError: An object does not have the form the resource definition demands, or slices
-            are missing between others.
+        MissingReportsError: Slices are missing between others.
+        ValueError: An object does not have the form the resource definition demands.
     """
     found: dict[int, dict[str, NodeRun]] = {}
     for item in objects:
@@ -112,7 +116,9 @@ def from_objects(objects: Iterable[Mapping[str, Any]], uid: str) -> list[dict[st
             rows = [_from_entry(entry) for entry in item.get("nodes", [])]
             found[int(item["slice"])] = {row.node: row for row in rows}
     if sorted(found) != list(range(len(found))):
-        raise ValueError(f"the task has reports {sorted(found)}, but not those between them")
+        raise MissingReportsError(
+            f"the task has reports {sorted(found)}, but not those between them"
+        )
     return [found[index] for index in sorted(found)]
 
 

@@ -31,6 +31,10 @@ from outrider_operator.settings import TaskSettings
 FINALIZER: Final = "outrider.dev/end-runs"
 #: Attempts of one node whose states are kept until they are written.
 MAX_ATTEMPTS: Final = 16
+REPORTS_MISSING: Final = (
+    "AgentTaskReports of this task were deleted: what ran on their nodes is not known any more; "
+    "nothing more begins"
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,12 @@ class TaskRunner:
         if self.final:
             return await self._after_the_end(task)
         if not self._loaded:
-            await self._load(task)
+            try:
+                await self._load(task)
+            except slices.MissingReportsError:
+                found = Verdict(TaskPhase.FAILED, "ReportsMissing", REPORTS_MISSING)
+                await self._finish(task, found)
+                return None
         if task.started is None:
             if task.deleting:
                 await self._set_finalizer(False)
@@ -164,6 +173,11 @@ class TaskRunner:
         mine = [item for item in found if item.get("task", {}).get("uid") == task.uid]
         mine.sort(key=lambda item: int(item["slice"]))
         parts = slices.from_objects(mine, task.uid)
+        known = (self.body.get("status") or {}).get("counts") or {}
+        total = sum(len(part) for part in parts)
+        # The status has the number of nodes from the start on.
+        if task.started is not None and not self.final and total != known.get("targeted", total):
+            raise slices.MissingReportsError(f"of {known['targeted']} nodes {total} are there")
         self._slices = [tuple(part) for part in parts]
         self._rows = {name: row for part in parts for name, row in part.items()}
         self._versions = [item["metadata"]["resourceVersion"] for item in mine]
@@ -320,7 +334,11 @@ class TaskRunner:
         await self._set_finalizer(False)
         if self._pending or self._taken:
             if not self._loaded:
-                await self._load(task)
+                try:
+                    await self._load(task)
+                except slices.MissingReportsError:
+                    # There is nothing to write results to, but the agents need not keep them.
+                    self._rows, self._slices, self._versions = {}, [], []
             merged = self._merge()
             touched = slices.changed(self._slices, self._rows, merged.rows)
             await self._write(task, merged.rows, touched)
