@@ -207,6 +207,16 @@ async def test_clean_close(running: RunningGateway, channel: grpc.aio.Channel) -
     await eventually(lambda: running.metric("link_ends_total", reason="Closed") == 1)
 
 
+async def test_link_ends_with_its_token(tmp_path: Path) -> None:
+    auth = {"expiry_grace_seconds": 0.0}
+    async with running_gateway(tmp_path, auth=auth) as running, running.connect() as channel:
+        leader = RawLeader(channel, running.reviews.server(seconds=1.0))
+        await leader.send(LinkRequest(hello=LeaderHello(replica="leader", term=1)))
+        await leader.receive()
+        assert await leader.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert running.metric("link_ends_total", reason="TokenExpired") == 1
+
+
 async def test_leader_that_does_not_read_is_ended(
     running: RunningGateway, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from outrider_proto.v1.fleet_pb2 import (
 )
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.gateway.auth import current_identity
 from outrider_operator.gateway.hub import Hub
 from outrider_operator.gateway.link import LinkOutgoing
 from outrider_operator.metrics import ServerMetrics
@@ -58,6 +59,9 @@ UNPARSABLE = LinkEnd("Unparsable", "INVALID_ARGUMENT", "the message is no LinkRe
 OLD_TERM = LinkEnd("OldTerm", "FAILED_PRECONDITION", "a leader with a higher term was here")
 REPLACED = LinkEnd("Replaced", "FAILED_PRECONDITION", "a newer link took this one's place")
 TOO_SLOW = LinkEnd("TooSlow", "RESOURCE_EXHAUSTED", "the leader does not read what is sent to it")
+TOKEN_EXPIRED = LinkEnd(
+    "TokenExpired", "UNAUTHENTICATED", "the token has expired: link again with a fresh one"
+)
 DRAINING = LinkEnd("Draining", "UNAVAILABLE", "this gateway leaves")
 
 
@@ -67,6 +71,7 @@ class FleetLinks:
     Args:
         hub: the agent streams.
         settings: of the gateway.
+        grace_seconds: how long a link may outlive its token.
         metrics: where links are counted.
         replica: name of this gateway.
         version: its version.
@@ -77,6 +82,7 @@ class FleetLinks:
         self,
         hub: Hub,
         settings: GatewaySettings,
+        grace_seconds: float,
         metrics: ServerMetrics,
         replica: str,
         version: str,
@@ -84,6 +90,7 @@ class FleetLinks:
     ) -> None:
         self.hub = hub
         self.settings = settings
+        self.grace_seconds = grace_seconds
         self.metrics = metrics
         self.hello = GatewayHello(replica=replica, version=version)
         self._monotonic = monotonic
@@ -207,15 +214,25 @@ class Link:
         return end
 
     async def _exchange(self, first: LinkRequest) -> LinkEnd:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._write(), name="link-write"),
-                group.create_task(self._read(first), name="link-read"),
-                group.create_task(self._ask_all(), name="link-ask"),
-            ]
-            end = await self._ended
-            for task in tasks:
-                task.cancel()
+        expires = current_identity().expires
+        timer: asyncio.TimerHandle | None = None
+        if expires is not None:
+            left = expires + self._links.grace_seconds - time.time()
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(max(0.0, left), self.end, TOKEN_EXPIRED)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._write(), name="link-write"),
+                    group.create_task(self._read(first), name="link-read"),
+                    group.create_task(self._ask_all(), name="link-ask"),
+                ]
+                end = await self._ended
+                for task in tasks:
+                    task.cancel()
+        finally:
+            if timer is not None:
+                timer.cancel()
         return end
 
     async def _receive(self) -> LinkRequest | None:
