@@ -1,5 +1,6 @@
 """The protocol of a stream, what waits for an agent and for the leader: no input or output."""
 
+import tracemalloc
 from typing import TypeVar
 
 import pytest
@@ -327,3 +328,26 @@ def test_reports_are_split_and_bounded() -> None:
         taken += len(message.run_reports)
         assert message.ByteSize() < 2 * limits.MIB
     assert (taken, outgoing.report_bytes) == (sent, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\x92\x01\x80\x80\x80\x01" + b"\x0a\x00" * (1024 * 1024), "BadRunReport"),
+        (b"\x82\x01\x80\x80\x80\x01" + b"\x42\x00" * (1024 * 1024), "BadHello"),
+        (b"\x0a\x00" * (1024 * 1024), "PlainRecords"),
+        (b"\x1a\x00" * (1024 * 1024), "TooManyAddresses"),
+    ],
+)
+def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes, reason: str) -> None:
+    session = opened()
+    tracemalloc.start()
+    try:
+        event = session.receive(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(event, Refused)
+    assert event.reason == reason
+    assert "more than" in event.message, "it was parsed"
+    assert peak < 1_000_000
