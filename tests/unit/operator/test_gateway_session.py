@@ -331,15 +331,16 @@ def test_reports_are_split_and_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    "data",
     [
-        (b"\x92\x01\x80\x80\x80\x01" + b"\x0a\x00" * (1024 * 1024), "BadRunReport"),
-        (b"\x82\x01\x80\x80\x80\x01" + b"\x42\x00" * (1024 * 1024), "BadHello"),
-        (b"\x0a\x00" * (1024 * 1024), "PlainRecords"),
-        (b"\x1a\x00" * (1024 * 1024), "TooManyAddresses"),
+        b"\x92\x01\x80\x80\x80\x01" + b"\x0a\x00" * (1024 * 1024),
+        b"\x82\x01\x80\x80\x80\x01" + b"\x42\x00" * (1024 * 1024),
+        b"\x0a\x00" * (1024 * 1024),
+        b"\x1a\x00" * (1024 * 1024),
+        b"\x58\x00" * (1024 * 1024),
     ],
 )
-def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes, reason: str) -> None:
+def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes) -> None:
     session = opened()
     tracemalloc.start()
     try:
@@ -348,6 +349,5 @@ def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes, r
     finally:
         tracemalloc.stop()
     assert isinstance(event, Refused)
-    assert event.reason == reason
-    assert "more than" in event.message, "it was parsed"
+    assert event.reason == "TooManyEntries"
     assert peak < 1_000_000

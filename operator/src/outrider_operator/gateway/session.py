@@ -12,7 +12,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from outrider_proto import batches, limits
 from outrider_proto.v1.agent_pb2 import Heartbeat, Hello, PackagedData, RecordBatch, RunReport
-from outrider_proto.wire import too_many
+from outrider_proto.wire import beyond
 
 from outrider_operator.core.identity import Identity
 
@@ -24,15 +24,15 @@ UID_LENGTH: Final = 64
 REASON_LENGTH: Final = 64
 #: Messages above this are counted before they are parsed, bytes.
 COUNTED_BYTES: Final = 16 * limits.KIB
-#: Most entries of repeated fields by their path, and the reason for a refusal.
+#: Most entries of repeated fields by their path; () is any other field.
 ENTRIES: Final = {
-    (1,): (limits.BATCH_RECORDS, "PlainRecords"),
-    (3,): (64, "TooManyAddresses"),
-    (4,): (64, "TooManyAddresses"),
-    (5,): (64, "TooManyAddresses"),
-    (6,): (64, "TooManyAddresses"),
-    (16, 8): (HELLO_RUN_KINDS, "BadHello"),
-    (18, 1): (limits.RUNS_PER_MESSAGE, "BadRunReport"),
+    (1,): limits.BATCH_RECORDS,
+    (3,): 64,
+    (4,): 64,
+    (5,): 64,
+    (6,): 64,
+    (16, 8): HELLO_RUN_KINDS,
+    (18, 1): limits.RUNS_PER_MESSAGE,
 }
 
 
@@ -126,10 +126,10 @@ class SessionProtocol:
                 f"a message of {len(data)} bytes; at most {limits.MESSAGE_BYTES}",
             )
         if len(data) > COUNTED_BYTES:
-            for path, (most, reason) in ENTRIES.items():
-                if too_many(data, path, most):
-                    field = ".".join(map(str, path))
-                    return _invalid(reason, f"more than {most} entries in field {field}")
+            path = beyond(data, ENTRIES)
+            if path is not None:
+                field = ".".join(map(str, path)) or "that is unknown"
+                return _invalid("TooManyEntries", f"too many entries in a field {field}")
         try:
             message = PackagedData.FromString(data)
         except DecodeError:
