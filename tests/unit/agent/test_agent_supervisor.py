@@ -190,7 +190,7 @@ async def test_the_environment_is_small_and_the_agents_names_cannot_be_taken(
     await bench.submit(run_of("a", "env", env=env, preview_bytes=4000))
     state = await bench.final("a")
     found = dict(line.split("=", 1) for line in state.preview.decode().splitlines())
-    assert found["OUTRIDER_RUN"] == "a/1"
+    assert found["OUTRIDER_RUN"] == "a/1@node-a"
     assert found["OUTRIDER_NODE"] == "node-a"
     assert found["OUTRIDER_TASK"] == "default/task"
     assert (found["MINE"], found["LANG"]) == ("yes", "de_DE")
@@ -337,13 +337,15 @@ async def test_draining_lets_short_runs_end_and_interrupts_long_ones(tmp_path: P
 async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> None:
     """One in its group, one that left it, and one whose number belongs to another by now."""
     mark = f"{tmp_path.name}-{time.time_ns()}"
-    env = {"OUTRIDER_RUN": f"{mark}/1", "PATH": "/usr/bin:/bin"}
+    env = {"OUTRIDER_RUN": f"{mark}/1@node-a", "PATH": "/usr/bin:/bin"}
     leader = subprocess.Popen(
         ["sh", "-c", "env -i sleep 60 & setsid sleep 60 & sleep 60"],
         env=env,
         start_new_session=True,
     )
-    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    # The same task on another node, whose agent runs on this system too.
+    env = {"OUTRIDER_RUN": f"{mark}/1@node-b", "PATH": "/usr/bin:/bin"}
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True, env=env)
     try:
         info, other = processes.inspect(leader.pid), processes.inspect(bystander.pid)
         assert info
@@ -364,7 +366,7 @@ async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> N
                 state = await bench.final(uid)
                 assert (state.phase, state.reason) == (pb.RUN_PHASE_INTERRUPTED, "AgentRestarted")
             assert bench.phases("ended") == []
-            assert processes.members(f"{mark}/1", None, below=None) == []
+            assert processes.members(f"{mark}/1@node-a", None, below=None) == []
             in_group = [p for p in processes.scan() if p.group == leader.pid and not p.zombie]
             assert in_group == []
             assert bystander.poll() is None

@@ -103,7 +103,7 @@ async def execute(
             program = Program(
                 argv=argv,
                 environment=environment(command, host.node),
-                mark=str(key_of(command.id)),
+                mark=processes.mark_for(key_of(command.id), host.node),
                 timeout=command.timeout_seconds,
                 grace=host.grace,
             )
@@ -128,7 +128,7 @@ def environment(command: pb.RunCommand, node: str) -> dict[str, str]:
     """The whole environment of a run; little of it is the agent's, and no secret of its."""
     own = {
         # First: it is looked for in every process that a run may have left.
-        processes.MARK: str(key_of(command.id)),
+        processes.MARK: processes.mark_for(key_of(command.id), node),
         "OUTRIDER_NODE": node,
         "OUTRIDER_TASK": f"{command.namespace}/{command.name}",
         "OUTRIDER_ATTEMPT": str(command.id.attempt),

@@ -222,7 +222,8 @@ class Supervisor:
         process = left.process
         if process and processes.same_process(process.pid, process.start, process.boot_id):
             leader = process.pid
-        return processes.kill_all(str(key), leader, seconds=RECOVER_SECONDS, below=None)
+        mark = processes.mark_for(key, self._host.node)
+        return processes.kill_all(mark, leader, seconds=RECOVER_SECONDS, below=None)
 
     async def run(self) -> None:
         """Own the runs until `drain` has ended them all. Runs can be submitted from its start."""
