@@ -44,9 +44,6 @@ class Bench:
         async def on_start(started: Started) -> None:
             self.started.append(started)
 
-        async def emit(chunk: Chunk) -> None:
-            self.chunks.append(chunk)
-
         return await run_program(
             program,
             self.output,
@@ -54,8 +51,11 @@ class Bench:
             children=self.children,
             threads=self.threads,
             on_start=on_start,
-            emit=emit,
+            emit=self.emit,
         )
+
+    async def emit(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
 
     async def shell(self, script: str, *, timeout: float = 20.0, grace: float = 0.3) -> Ending:
         return await self.run(["sh", "-c", script], timeout=timeout, grace=grace)
@@ -184,6 +184,25 @@ async def test_a_background_child_that_holds_the_pipe_does_not_hang_the_run(benc
     assert ending == Ending(exit_code=0)
     assert bench.output.preview == b"done\n"
     assert time.monotonic() - began < 5
+
+
+async def test_output_that_nobody_takes_in_time_is_said_to_be_cut_short(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_programs, "DRAIN_SECONDS", 0.2)
+
+    async def never(chunk: Chunk) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(bench, "emit", never)
+    assert await bench.shell("head -c 300000 /dev/zero") == Ending(exit_code=0)
+    assert bench.output.truncated
+
+
+async def test_output_that_was_taken_is_whole(bench: Bench) -> None:
+    assert await bench.shell("head -c 300000 /dev/zero") == Ending(exit_code=0)
+    assert not bench.output.truncated
+    assert sum(len(chunk.data) for chunk in bench.chunks) == 300_000
 
 
 async def test_a_child_in_a_session_of_its_own_is_ended_too(bench: Bench) -> None:

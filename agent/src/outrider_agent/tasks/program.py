@@ -124,12 +124,15 @@ async def run_program(
     loop = asyncio.get_running_loop()
     process, read_end = await _start(program, children, threads)
     reader = asyncio.StreamReader(limit=READ_BYTES)
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", 0)
-    )
-    pump = asyncio.create_task(_pump(reader, output, emit), name=f"output {process.pid}")
+    pipe = os.fdopen(read_end, "rb", 0)
+    transport: asyncio.BaseTransport | None = None
+    pump: asyncio.Task[None] | None = None
     all_gone = False
     try:
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        pump = asyncio.create_task(_pump(reader, output, emit), name=f"output {process.pid}")
         info = processes.inspect(process.pid)
         await on_start(Started(process.pid, info.start if info else 0))
         ending = await _supervise(program, process.pid, stop, threads)
@@ -137,8 +140,9 @@ async def run_program(
         await _finish_output(pump, output, emit)
         return ending
     finally:
-        pump.cancel()
-        transport.close()
+        if pump is not None:
+            pump.cancel()
+        (transport or pipe).close()
         if not all_gone:  # we are cancelled, or the journal failed: nothing of the run may stay
             all_gone = await asyncio.shield(_kill(program.mark, process.pid, threads))
         if all_gone:
@@ -233,6 +237,7 @@ async def _pump(
             chunks = output.feed(data)
         for chunk in chunks:
             await emit(chunk)
+            output.handed_on += len(chunk.data)
 
 
 async def _finish_output(
@@ -244,8 +249,9 @@ async def _finish_output(
             await pump
             for chunk in output.flush(last=True):
                 await emit(chunk)
+                output.handed_on += len(chunk.data)
     except TimeoutError:
-        return
+        output.give_up()
 
 
 async def _supervise(
