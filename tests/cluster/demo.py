@@ -119,17 +119,20 @@ def _next(plane: ControlPlane, console: Console, seconds: float) -> None:
     config = shlex.quote(str(plane.kubeconfig))
     kubectl = "kubectl" if shutil.which("kubectl") else str(plane.program("kubectl"))
     console.print(f"""
-That took {seconds:.0f} s. It is all still running; next you can
+That took {seconds:.0f} s. It is all still running. Next you can type
 
   export KUBECONFIG={config}
-  {kubectl} get agents                                  # who is there
-  {kubectl} apply -f examples/disk-usage.yaml           # another task
-  {kubectl} get agenttasks,agenttaskreports             # how it goes
-  {kubectl} explain agenttask.spec                      # what a task can say
-  .venv/bin/kubectl-outrider run -- uptime              # run something now
-  .venv/bin/python -m outrider_proto.records {records}  # what the agents sent
+  {kubectl} get agents                          # who is there
+  {kubectl} apply -f examples/disk-usage.yaml   # another task
+  {kubectl} get agenttasks,agenttaskreports     # how it goes
+  {kubectl} explain agenttask.spec              # what a task can say
+  .venv/bin/kubectl-outrider run -- uptime      # run something now
 
-  make demo-down                                        # take it all away""")
+and see what the agents sent:
+
+  .venv/bin/python -m outrider_proto.records {records}
+
+make demo-down takes it all away.""")
 
 
 def _keep_logs() -> None:

@@ -75,7 +75,8 @@ def format_command(jars: Path, settings: Path) -> list[str]:
     """Return the command that prepares an empty data folder; to be run once, before the broker."""
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     tool = ["-cp", f"{jars}/*", "kafka.tools.StorageTool", "format"]
-    return [*JAVA, *QUIET, *tool, "-t", cluster, "-c", str(settings)]
+    # One word: an id may begin with "-", which would be taken for another option.
+    return [*JAVA, *QUIET, *tool, f"--cluster-id={cluster}", "-c", str(settings)]
 
 
 def broker_command(jars: Path, settings: Path) -> list[str]:

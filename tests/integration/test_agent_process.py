@@ -66,15 +66,17 @@ async def test_a_kill_in_the_middle_of_a_run_interrupts_it_and_never_runs_it_aga
         stream = await server.gateway.stream()
         stream.send(command)
         await server.gateway.until(lambda: (uid, 1, pb.RUN_PHASE_RUNNING) in server.gateway.history)
-        await server.gateway.until(lambda: len(processes.members(f"{uid}/1", None, below=None)) > 2)
+        await server.gateway.until(
+            lambda: len(processes.members(f"{uid}/1@node-a", None, below=None)) > 2
+        )
         await agent.kill()
-        assert processes.members(f"{uid}/1", None, below=None) != []
+        assert processes.members(f"{uid}/1@node-a", None, below=None) != []
         async with agent_in(tmp_path, server.address, authority):
             again = await server.gateway.stream(1)
             state = await server.gateway.final(uid)
             assert (state.phase, state.reason) == (pb.RUN_PHASE_INTERRUPTED, "AgentRestarted")
             assert again.complete_reports[0].runs[0].phase == pb.RUN_PHASE_INTERRUPTED
-            assert processes.members(f"{uid}/1", None, below=None) == []
+            assert processes.members(f"{uid}/1@node-a", None, below=None) == []
             # The server that does not know yet sends it again.
             again.send(command)
             count = len(server.gateway.history)

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from fakes.certificates import SERVER_NAME
+from fakes.certificates import SERVER_NAME, Authority
 from fakes.cluster import MemoryCluster
 from fakes.gateway import RawAgent, RunningGateway, eventually, open_stream, running_gateway
 from outrider_operator.fleet import controller as controller_module
@@ -34,8 +34,14 @@ class Leader:
         metrics = ServerMetrics(self.registry)
         token = gateway.tls_folder / f"token-{term}"
         token.write_text(gateway.reviews.server())
+        self.ca = gateway.tls_folder / f"ca-{term}.crt"
+        self.ca.write_bytes(gateway.authority.pem)
         settings = FleetSettings(
-            server_name=SERVER_NAME, token_file=str(token), resolve_seconds=0.2, gateways="x:1"
+            server_name=SERVER_NAME,
+            token_file=str(token),
+            ca_file=str(self.ca),
+            resolve_seconds=0.2,
+            gateways="x:1",
         )
         self.addresses = [Address("127.0.0.1", gateway.gateway.port)]
         self.controller = Controller(cluster, ServerSettings(), metrics)
@@ -43,7 +49,6 @@ class Leader:
             settings,
             f"leader-{term}",
             term,
-            gateway.authority.pem,
             self.controller,
             metrics,
             find=self._find,
@@ -205,3 +210,15 @@ async def test_a_gateway_with_two_addresses_is_linked_once(gateway) -> None:
         )
         assert leader.metric("leader_links") == 1
         await agent.close()
+
+
+async def test_a_changed_issuer_is_used_without_a_restart(gateway: RunningGateway) -> None:
+    leader = Leader(MemoryCluster(), gateway, term=1)
+    good = leader.ca.read_bytes()
+    leader.ca.write_bytes(Authority().pem)
+    async with leading(leader):
+        await eventually(lambda: bool(leader.links._kept))
+        await asyncio.sleep(0)
+        assert leader.metric("leader_links") == 0
+        leader.ca.write_bytes(good)
+        await eventually(lambda: leader.metric("leader_links") == 1)

@@ -18,6 +18,9 @@ from cluster.programs import HOST, Program, Programs, http
 from cluster.supervised import wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
+#: Several waits of up to a minute each, should the machine be busy.
+pytestmark = pytest.mark.timeout(400)
+
 NODES = ("alpha", "beta", "gamma")
 WAIT = 60.0
 TAKEOVER_SECONDS = 20.0

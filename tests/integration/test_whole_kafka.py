@@ -17,6 +17,9 @@ from cluster.records import read_topic
 from cluster.supervised import wait_for
 from outrider_proto import records
 
+#: Several waits of up to a minute each, should the machine be busy.
+pytestmark = pytest.mark.timeout(400)
+
 NODES = ("alpha", "beta", "gamma")
 WAIT = 90.0
 #: Many small batches rather than few large ones: more to lose.
@@ -117,7 +120,7 @@ def outbox(fleet: Programs, node: str) -> int:
     return ask(fleet, node, "SELECT count(*) FROM batches")
 
 
-def test_broker_killed_under_load_and_back(fleet, broker) -> None:
+def test_broker_killed_under_load_then_the_server_too(fleet, broker) -> None:
     fleet.start(fleet.servers["server-0"])
     start_agents(fleet)
     server = fleet.servers["server-0"]
@@ -133,6 +136,9 @@ def test_broker_killed_under_load_and_back(fleet, broker) -> None:
         0.2,
     )
     assert fleet.plane.processes.running(server.name)
+    # What it had acknowledged without having it in Kafka would go with its memory.
+    fleet.plane.processes.kill(server.name)
+    fleet.start(server, ready=False)
     broker.resume()
     wait_for("the server is ready again", lambda: http(server, "/readyz")[0] == 200, WAIT, 0.2)
     wait_load(fleet)
@@ -147,8 +153,21 @@ def check_nothing_is_lost(fleet: Programs, broker: KafkaBroker) -> None:
         )
         fleet.plane.processes.stop(agent.name, 30)
         fleet.start(agent, ready=False)
+    # What is accepted by now; agents go on, if slowly.
+    last = {
+        node: ask(fleet, node, "SELECT value FROM meta WHERE name = 'next_seq'") - 1
+        for node in NODES
+    }
     wait_for(
-        "the outboxes are empty", lambda: all(outbox(fleet, node) == 0 for node in NODES), WAIT, 0.5
+        "all of them are acknowledged",
+        lambda: (
+            not any(
+                ask(fleet, node, f"SELECT count(*) FROM batches WHERE seq <= {last[node]}")
+                for node in NODES
+            )
+        ),
+        WAIT,
+        0.5,
     )
     seqs: dict[tuple[str, int], list[int]] = defaultdict(list)
     found = in_kafka(broker.bootstrap)
@@ -161,8 +180,7 @@ def check_nothing_is_lost(fleet: Programs, broker: KafkaBroker) -> None:
     assert {node for node, _ in seqs} == set(NODES)
     for (node, epoch), stored in seqs.items():
         assert epoch == ask(fleet, node, "SELECT value FROM meta WHERE name = 'epoch'") % 2**64
-        last = ask(fleet, node, "SELECT value FROM meta WHERE name = 'next_seq'") - 1
-        lost = set(range(1, last + 1)) - set(stored)
+        lost = set(range(1, last[node] + 1)) - set(stored)
         assert not lost, (node, sorted(lost))
     total = sum(map(len, seqs.values()))
     unique = sum(len(set(stored)) for stored in seqs.values())

@@ -19,6 +19,9 @@ from cluster.supervised import wait_for
 from outrider_proto import records
 from prometheus_client.parser import text_string_to_metric_families
 
+#: Several waits of up to a minute each, should the machine be busy.
+pytestmark = pytest.mark.timeout(400)
+
 NODES = ("alpha", "beta", "gamma")
 WAIT = 60.0
 RUN_KINDS = ["command", "script", "builtin/Ping", "builtin/Facts", "builtin/Restart"]

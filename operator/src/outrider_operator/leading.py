@@ -46,7 +46,6 @@ class Leadership:
         metrics: the server's.
         health: the condition "api" is set here.
         replica: name of this replica.
-        ca: issuers of the gateways' certificates, PEM.
     """
 
     def __init__(
@@ -57,10 +56,9 @@ class Leadership:
         metrics: ServerMetrics,
         health: Health,
         replica: str,
-        ca: bytes,
     ) -> None:
         self._kube, self._config, self._settings = kube, config, settings
-        self._metrics, self._health, self._replica, self._ca = metrics, health, replica, ca
+        self._metrics, self._health, self._replica = metrics, health, replica
         self._watches: Watches | None = None
         self.review = reviewer(kube)
 
@@ -110,9 +108,7 @@ class Leadership:
             async def resync() -> list[Object]:
                 return [*await controller.resync(), *(await _tried(schedules.resync) or [])]
 
-            links = Links(
-                self._settings.fleet, self._replica, term, self._ca, controller, self._metrics
-            )
+            links = Links(self._settings.fleet, self._replica, term, controller, self._metrics)
             watches = self._watches = Watches(self._config, changed, self._metrics)
             async with asyncio.TaskGroup() as group:
                 group.create_task(controller.run(links), name="controller")

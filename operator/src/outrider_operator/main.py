@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return life.USAGE
-    logs.configure(settings.log.level, settings.log.format)
+    # kopf attaches these to every record, the first with all of its settings.
+    hidden = ("settings", "k8s_ref", "k8s_skip")
+    logs.configure(settings.log.level, settings.log.format, hidden=hidden)
     return life.run(lambda stop: Server(settings, release).run(stop), log)
 
 
@@ -81,9 +83,8 @@ class Server:
             SettingsError: A setting cannot be used.
         """
         settings = self._settings
-        ca = b""
         if settings.leader.enabled:
-            ca = readable(settings.fleet.ca_file, setting="fleet.caFile")
+            readable(settings.fleet.ca_file, setting="fleet.caFile")
             readable(settings.fleet.token_file, setting="fleet.tokenFile")
             check_lease_times(settings.leader)
             check_target(settings.fleet.gateways, setting="fleet.gateways")
@@ -93,9 +94,9 @@ class Server:
         self._health.live("watch", self._watch_problem)
         log.info("starting", version=self._release, replica=self._replica)
         async with OpsServer(settings.ops.address, self._registry, self._health):
-            await self._serve(stop, ca, namespace)
+            await self._serve(stop, namespace)
 
-    async def _serve(self, stop: life.Stop, ca: bytes, namespace: str) -> None:
+    async def _serve(self, stop: life.Stop, namespace: str) -> None:
         from outrider_operator.gateway.server import Gateway
         from outrider_operator.sinks.choose import make_sink
 
@@ -119,7 +120,7 @@ class Server:
             storing = group.create_task(sink.run(stop_sink), name="sink")
             serving = group.create_task(gateway.run(stop_gateway), name="gateway")
             await gateway.started.wait()
-            leading = group.create_task(self._use_cluster(ca, namespace), name="leader")
+            leading = group.create_task(self._use_cluster(namespace), name="leader")
             await stop.wait()
             # The next leader takes over while the agents are sent away from here.
             leading.cancel()
@@ -130,7 +131,7 @@ class Server:
             await asyncio.wait([storing])
             lag.cancel()
 
-    async def _use_cluster(self, ca: bytes, namespace: str) -> None:
+    async def _use_cluster(self, namespace: str) -> None:
         """Reach the API server, and lead when it is this replica's turn."""
         from outrider_operator.kube.client import KubeClient, configuration
         from outrider_operator.leading import Leadership
@@ -144,7 +145,7 @@ class Server:
         )
         try:
             self._leadership = Leadership(
-                kube, config, settings, self._metrics, self._health, self._replica, ca
+                kube, config, settings, self._metrics, self._health, self._replica
             )
             self._connected.set()
             await self._leadership.run(namespace)

@@ -51,7 +51,8 @@ class ServerMetrics:
         self.records = self._counter("records_total", "Records in stored batches.")
         self.batches = self._counter("batches_total", "Record batches, by result.", "result")
         self.inflight_bytes = self._gauge(
-            "batches_inflight_bytes", "Bytes of batches taken and not stored yet."
+            "batches_inflight_bytes",
+            "Memory of batches taken and not stored yet, bytes: records and 8 KiB each.",
         )
         self.inflight_limit = self._gauge(
             "batches_inflight_limit_bytes", "Most bytes of batches taken and not stored yet."

@@ -80,6 +80,9 @@ def check(batch: RecordBatch) -> str | None:
         return f"a batch has 1 to {limits.BATCH_RECORDS} records, this one states {batch.count}"
     if len(batch.records) > limits.BATCH_BYTES:
         return f"{len(batch.records)} bytes; a batch has at most {limits.BATCH_BYTES}"
+    # Fields that are not known here are kept and passed on: they must not be a way around.
+    if batch.ByteSize() - len(batch.records) > limits.BATCH_HEAD_BYTES:
+        return f"more than {limits.BATCH_HEAD_BYTES} bytes besides its records"
     if batch.decompressed_bytes > limits.BATCH_DECOMPRESSED_BYTES:
         return (
             f"{batch.decompressed_bytes} bytes before compression; "

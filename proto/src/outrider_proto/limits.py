@@ -23,6 +23,8 @@ BATCH_BYTES: Final = 4 * MIB
 BATCH_DECOMPRESSED_BYTES: Final = 16 * MIB
 #: Largest content of one record, bytes.
 RECORD_BYTES: Final = 1 * MIB
+#: Largest rest of a batch, besides its records, bytes.
+BATCH_HEAD_BYTES: Final = 4 * KIB
 #: Most different data types that a batch names.
 BATCH_DATA_TYPES: Final = 64
 
@@ -45,5 +47,9 @@ TIMEOUT_SECONDS: Final = 24 * 3600
 RUN_MESSAGE_BYTES: Final = 1024
 #: Most runs in one message.
 RUNS_PER_MESSAGE: Final = 1000
+#: Largest RunReport, bytes; leaves room for what the server's own link puts around it.
+RUN_REPORT_BYTES: Final = MESSAGE_BYTES - 512 * KIB
+#: Largest Hello, bytes: those of all agents of a server are in one message of its link.
+HELLO_BYTES: Final = 1 * KIB
 #: Longest name of a node (a DNS subdomain), bytes.
 NODE_NAME_BYTES: Final = 253

@@ -6,6 +6,7 @@ a secret into a field. Uses structlog, so that neither format is written here.
 
 import logging
 import sys
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, TextIO
 
 import structlog
@@ -49,7 +50,10 @@ def _printable(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDic
 
 
 def configure(
-    level: str = "info", line_format: str = "logfmt", stream: TextIO | None = None
+    level: str = "info",
+    line_format: str = "logfmt",
+    stream: TextIO | None = None,
+    hidden: Collection[str] = (),
 ) -> None:
     """Set up logging for the process.
 
@@ -57,6 +61,7 @@ def configure(
         level: "debug", "info", "warning" or "error".
         line_format: "logfmt" or "json".
         stream: Where to; standard error by default.
+        hidden: Fields that are left out: what libraries attach to their records for themselves.
     """
     shared: list[Processor] = [
         structlog.stdlib.add_logger_name,
@@ -64,6 +69,12 @@ def configure(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ExtraAdder(),
     ]
+
+    def hide(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+        for field in hidden:
+            event.pop(field, None)
+        return event
+
     renderer: Processor = (
         structlog.processors.JSONRenderer()
         if line_format == "json"
@@ -73,6 +84,7 @@ def configure(
         foreign_pre_chain=shared,
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            hide,
             structlog.processors.format_exc_info,
             _order,
             _printable,

@@ -19,7 +19,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from outrider_runtime.health import Condition, Health
 from outrider_runtime.settings import Section, SettingsError, address
 
-#: Connections served at once; more are closed at once. A probe and a few scrapers need five.
+#: Connections served at once. A probe and a few scrapers need five; for one more, the oldest that
+#: has not asked anything yet goes, so that silent connections keep no probe out.
 MAX_CONNECTIONS = 64
 #: Largest head of a request, bytes.
 MAX_HEAD_BYTES = 16 * 1024
@@ -73,7 +74,8 @@ class OpsServer:
         self._health = health
         self._idle_seconds = idle_seconds
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        #: In the order of their coming; True while a request of it is being answered.
+        self._connections: dict[asyncio.Task[None], bool] = {}
         self._routes: dict[str, Callable[[], _Answer]] = {
             "/healthz": lambda: _report(self._health.liveness(), "healthy"),
             "/readyz": self._readyz,
@@ -107,9 +109,10 @@ class OpsServer:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for task in self._connections:
+        open_ones = list(self._connections)
+        for task in open_ones:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.gather(*open_ones, return_exceptions=True)
         await self._server.wait_closed()
 
     def _readyz(self) -> _Answer:
@@ -120,11 +123,21 @@ class OpsServer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= MAX_CONNECTIONS:
-            writer.close()
-            return
+            silent = next((task for task, busy in self._connections.items() if not busy), None)
+            if silent is None:
+                writer.close()
+                return
+            silent.cancel()
+            del self._connections[silent]
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="ops")
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = False
+        task.add_done_callback(lambda done: self._connections.pop(done, None))
+
+    def _busy(self, busy: bool) -> None:
+        """Note whether the connection of the present task has a request to be answered."""
+        task = asyncio.current_task()
+        if task in self._connections:
+            self._connections[task] = busy
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
@@ -163,9 +176,11 @@ class OpsServer:
                 elif isinstance(event, h11.ConnectionClosed):
                     return False
         assert request is not None
+        self._busy(True)
         answer = await self._answer(request)
         async with asyncio.timeout(self._idle_seconds):
             await self._send(connection, writer, answer, with_body=request.method != b"HEAD")
+        self._busy(False)
         return connection.our_state is h11.DONE and connection.their_state is h11.DONE
 
     async def _answer(self, request: h11.Request) -> _Answer:

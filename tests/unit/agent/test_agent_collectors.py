@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -166,3 +168,25 @@ async def test_a_collector_that_hangs_holds_nothing_up(monkeypatch: pytest.Monke
     await asyncio.gather(running, return_exceptions=True)
     assert time.monotonic() - began < 5
     release.set()
+
+
+HANGING = """
+import asyncio, time
+from outrider_agent.collectors.schedule import collect_forever
+from outrider_agent.metrics import AgentMetrics
+from prometheus_client import CollectorRegistry
+
+async def main():
+    metrics = AgentMetrics(CollectorRegistry())
+    hang = lambda: time.sleep(60)
+    running = asyncio.create_task(collect_forever("host", 1, 0.01, hang, None, metrics))
+    await asyncio.sleep(0.1)
+    running.cancel()
+    await asyncio.wait([running])
+
+asyncio.run(main())
+"""
+
+
+def test_a_collector_that_hangs_does_not_keep_the_program_alive() -> None:
+    subprocess.run([sys.executable, "-c", HANGING], check=True, timeout=30)

@@ -3,16 +3,19 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outrider_agent.core.outcome import Cause, Ending
 from outrider_agent.core.output import Chunk, Output
 from outrider_agent.tasks import processes
+from outrider_agent.tasks import program as running_programs
 from outrider_agent.tasks.program import Children, Program, Started, StartError, run_program
 
 PATH = os.environ["PATH"]
@@ -41,9 +44,6 @@ class Bench:
         async def on_start(started: Started) -> None:
             self.started.append(started)
 
-        async def emit(chunk: Chunk) -> None:
-            self.chunks.append(chunk)
-
         return await run_program(
             program,
             self.output,
@@ -51,8 +51,11 @@ class Bench:
             children=self.children,
             threads=self.threads,
             on_start=on_start,
-            emit=emit,
+            emit=self.emit,
         )
+
+    async def emit(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
 
     async def shell(self, script: str, *, timeout: float = 20.0, grace: float = 0.3) -> Ending:
         return await self.run(["sh", "-c", script], timeout=timeout, grace=grace)
@@ -153,12 +156,53 @@ async def test_being_cancelled_ourselves_leaves_nothing(bench: Bench) -> None:
         await running
 
 
+async def test_being_cancelled_while_it_starts_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process begins in a thread: it is there before we hear of it, or even after."""
+    spawning, go = asyncio.Event(), threading.Event()
+    loop, spawn = asyncio.get_running_loop(), running_programs._spawn
+
+    def slow(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(spawning.set)
+        assert go.wait(10)
+        return spawn(*arguments)
+
+    monkeypatch.setattr(running_programs, "_spawn", slow)
+    running = asyncio.ensure_future(bench.shell("sleep 60 & sleep 60"))
+    await spawning.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
 async def test_a_background_child_that_holds_the_pipe_does_not_hang_the_run(bench: Bench) -> None:
     began = time.monotonic()
     ending = await bench.shell("sleep 60 & echo done")
     assert ending == Ending(exit_code=0)
     assert bench.output.preview == b"done\n"
     assert time.monotonic() - began < 5
+
+
+async def test_output_that_nobody_takes_in_time_is_said_to_be_cut_short(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_programs, "DRAIN_SECONDS", 0.2)
+
+    async def never(chunk: Chunk) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(bench, "emit", never)
+    assert await bench.shell("head -c 300000 /dev/zero") == Ending(exit_code=0)
+    assert bench.output.truncated
+
+
+async def test_output_that_was_taken_is_whole(bench: Bench) -> None:
+    assert await bench.shell("head -c 300000 /dev/zero") == Ending(exit_code=0)
+    assert not bench.output.truncated
+    assert sum(len(chunk.data) for chunk in bench.chunks) == 300_000
 
 
 async def test_a_child_in_a_session_of_its_own_is_ended_too(bench: Bench) -> None:
@@ -259,13 +303,18 @@ async def test_descriptors_and_threads_do_not_leak(bench: Bench) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_without_pidfd_a_thread_waits(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_pidfd_no_thread_is_held(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(pid: int, flags: int = 0) -> int:
         raise OSError(38, "not implemented")
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    assert await bench.shell("exit 4") == Ending(exit_code=4)
-    assert (await bench.shell("sleep 60", timeout=0.3)).cause is Cause.TIMEOUT
+    with ThreadPoolExecutor(1) as bench.threads:
+        assert await bench.shell("exit 4") == Ending(exit_code=4)
+        began = time.monotonic()
+        assert (await bench.shell("sleep 15", timeout=0.3)).cause is Cause.TIMEOUT
+        assert time.monotonic() - began < 10, "nothing could end it"
 
 
 def test_a_reused_process_id_is_not_hit() -> None:

@@ -113,6 +113,30 @@ async def test_a_damaged_result_does_not_make_its_run_new(tmp_path: Path, good: 
         assert known is not None
 
 
+class Killed(BaseException):
+    """The agent is no more."""
+
+
+@pytest.mark.parametrize("point", ["_carry_over", "_set_aside", "_forget_old", "_take_place"])
+async def test_a_kill_while_the_file_is_replaced_makes_no_run_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    await fill(tmp_path)
+    (tmp_path / database.SUSPECT_NAME).touch()
+
+    def kill(*_arguments: object, **_options: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, point, kill)
+        with pytest.raises(Killed):
+            database.open_database(tmp_path)
+    async with store_in(tmp_path) as store:
+        for number in range(40):
+            assert await store.accept_run(run_state(f"task-{number}")) is not None
+    assert not (tmp_path / database.NEW_NAME).exists()
+
+
 async def test_a_new_file_has_a_new_epoch(tmp_path: Path) -> None:
     await fill(tmp_path)
     async with store_in(tmp_path) as store:

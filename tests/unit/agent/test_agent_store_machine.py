@@ -75,18 +75,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(record_class=st.sampled_from(RecordClass), size=st.integers(1, 2_000))
     def append(self, record_class: RecordClass, size: int) -> None:
         new = batch_of("x" * size, record_class)
-        done = self.do(self.store.append_batch(new))
-        assert done.seq == self.next_seq
-        self.next_seq += 1
-        # Not asked of the store: a batch may be the first to make room for itself.
-        batch = batches.encode(
+        made = batches.encode(
             new.records,
             epoch=self.epoch,
-            seq=done.seq,
+            seq=self.next_seq,
             codec=new.codec,
             created_unix_nanos=new.created_unix_nanos,
         )
-        self.batches[done.seq] = (record_class, batch.ByteSize())
+        done = self.do(self.store.append_batch(new))
+        assert done.seq == self.next_seq
+        self.next_seq += 1
+        self.batches[done.seq] = (record_class, made.ByteSize())
         lost = 0
         while sum(size for _, size in self.batches.values()) > MAX_BYTES:
             del self.batches[min(self.batches, key=lambda s: (self.batches[s][0], s))]

@@ -200,7 +200,7 @@ async def test_the_environment_is_small_and_the_agents_names_cannot_be_taken(
     await bench.submit(run_of("a", "env", env=env, preview_bytes=4000))
     state = await bench.final("a")
     found = dict(line.split("=", 1) for line in state.preview.decode().splitlines())
-    assert found["OUTRIDER_RUN"] == "a/1"
+    assert found["OUTRIDER_RUN"] == "a/1@node-a"
     assert found["OUTRIDER_NODE"] == "node-a"
     assert found["OUTRIDER_TASK"] == "default/task"
     assert (found["MINE"], found["LANG"]) == ("yes", "de_DE")
@@ -347,13 +347,15 @@ async def test_draining_lets_short_runs_end_and_interrupts_long_ones(tmp_path: P
 async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> None:
     """One in its group, one that left it, and one whose number belongs to another by now."""
     mark = f"{tmp_path.name}-{time.time_ns()}"
-    env = {"OUTRIDER_RUN": f"{mark}/1", "PATH": "/usr/bin:/bin"}
+    env = {"OUTRIDER_RUN": f"{mark}/1@node-a", "PATH": "/usr/bin:/bin"}
     leader = subprocess.Popen(
         ["sh", "-c", "env -i sleep 60 & setsid sleep 60 & sleep 60"],
         env=env,
         start_new_session=True,
     )
-    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    # The same task on another node, whose agent runs on this system too.
+    env = {"OUTRIDER_RUN": f"{mark}/1@node-b", "PATH": "/usr/bin:/bin"}
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True, env=env)
     try:
         info, other = processes.inspect(leader.pid), processes.inspect(bystander.pid)
         assert info
@@ -367,17 +369,19 @@ async def test_what_an_earlier_agent_left_is_ended_and_told(tmp_path: Path) -> N
             await store.update_run(run_state("reused", pb.RUN_PHASE_RUNNING), stale)
             await store.accept_run(run_state("ended"))
             await store.update_run(run_state("ended", pb.RUN_PHASE_REJECTED))
-        (tmp_path / "work/run-left").mkdir(parents=True)
+        (tmp_path / "work/outrider-run-left").mkdir(parents=True)
+        (tmp_path / "work/run-of-others").mkdir()
         async with bench_in(tmp_path) as bench:
             for uid in (mark, "reused"):
                 state = await bench.final(uid)
                 assert (state.phase, state.reason) == (pb.RUN_PHASE_INTERRUPTED, "AgentRestarted")
             assert bench.phases("ended") == []
-            assert processes.members(f"{mark}/1", None, below=None) == []
+            assert processes.members(f"{mark}/1@node-a", None, below=None) == []
             in_group = [p for p in processes.scan() if p.group == leader.pid and not p.zombie]
             assert in_group == []
             assert bystander.poll() is None
-            assert not (tmp_path / "work/run-left").exists()
+            assert not (tmp_path / "work/outrider-run-left").exists()
+            assert (tmp_path / "work/run-of-others").exists()
             await bench.submit(run_of(mark, f"touch {tmp_path}/ran"))
             await bench.until(lambda: len(bench.phases(mark)) == 2)
             assert bench.phases(mark) == ["INTERRUPTED", "INTERRUPTED"]
@@ -451,6 +455,40 @@ async def test_a_result_that_cannot_be_stored_is_reported_and_stored_later(tmp_p
         await bench.until(lambda: not bench.supervisor._runs)
         (stored,) = await bench.store.run_states()
         assert stored.phase == pb.RUN_PHASE_SUCCEEDED
+
+
+class SlowJournal:
+    """A store on a slow disk: what is entered into the journal takes until `go`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.entered = asyncio.Event()
+        self.go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def accept_run(self, state: pb.RunState) -> pb.RunState | None:
+        known = await self._store.accept_run(state)
+        self.entered.set()
+        await self.go.wait()
+        return known
+
+
+async def test_a_run_in_the_journal_begins_though_its_stream_breaks(tmp_path: Path) -> None:
+    made: list[SlowJournal] = []
+
+    def wrap(store: Store) -> SlowJournal:
+        made.append(SlowJournal(store))
+        return made[0]
+
+    async with bench_in(tmp_path, wrap=wrap) as bench:
+        stream = asyncio.create_task(bench.submit(run_of("a")))
+        await made[0].entered.wait()
+        stream.cancel()
+        await asyncio.gather(stream, return_exceptions=True)
+        made[0].go.set()
+        assert (await bench.final("a")).phase == pb.RUN_PHASE_SUCCEEDED
 
 
 async def test_facts_are_json() -> None:

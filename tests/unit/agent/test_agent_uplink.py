@@ -18,6 +18,7 @@ from outrider_agent.core.runs import RunKey
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import ServerSettings
 from outrider_agent.store.store import Store
+from outrider_agent.uplink import stream as stream_module
 from outrider_agent.uplink import uplink as module
 from outrider_agent.uplink.uplink import Identity, Uplink
 from outrider_proto.v1 import agent_pb2 as pb
@@ -238,6 +239,30 @@ async def test_a_server_that_dies_is_waited_for(tmp_path: Path, authority: Autho
         async with serving(authority, port=first.port) as second:
             await second.gateway.stream()
             await bench.until(lambda: bench.connected[-1][0])
+
+
+async def test_a_server_that_dies_while_the_disk_is_slow_is_waited_for(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader is held up then, and the writer alone notices, in its own words."""
+    monkeypatch.setattr(stream_module, "CLOSE_SECONDS", 0.1)
+    first = await listen(FakeGateway(), authority)
+    async with uplink_to(first.address, tmp_path, authority) as bench:
+        entered = asyncio.Event()
+
+        async def slow(commands: Any) -> None:
+            entered.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(bench.runs, "submit", slow)
+        stream = await first.gateway.stream()
+        stream.send(pb.Command(runs=[pb.RunCommand()]))
+        await entered.wait()
+        await first.server.stop(0)
+        await asyncio.sleep(0)
+        await bench.store.append_batch(batch_of("one"))
+        async with serving(authority, port=first.port) as second:
+            await second.gateway.stream()
 
 
 async def test_a_server_with_another_certificate_is_not_talked_to(

@@ -25,6 +25,33 @@ def test_the_end_of_an_older_stream_changes_nothing() -> None:
     assert registry.departures["a"] == Departure(6.0, "Closed")
 
 
+def test_a_stream_that_looks_older_by_its_gateways_clock_is_not_forgotten() -> None:
+    """The agent went from g2, whose clock is ahead, to g1."""
+    registry = Registry(0.0)
+    registry.joined(NEW)
+    assert not registry.joined(OLD)
+    assert registry.left("a", 20, "Closed", 6.0)
+    assert registry.sessions["a"] == replace(OLD, since=6.0)
+    assert registry.departures == {}
+    assert registry.left("a", 10, "Closed", 7.0)
+    assert registry.roster([], {}).away == {"a": 7.0}
+
+
+def test_streams_of_a_gateway_that_ended_unseen_do_not_come_back() -> None:
+    for end in (
+        lambda registry: registry.left("a", 10, "Closed", 5.0),
+        lambda registry: registry.gateway_lost("g1", 5.0),
+    ):
+        registry = Registry(0.0)
+        registry.joined(OLD)
+        registry.joined(NEW)
+        assert [s.session for s in registry.at("g1")] == [10]
+        end(registry)
+        assert registry.at("g1") == []
+        assert registry.left("a", 20, "Closed", 6.0)
+        assert "a" not in registry.sessions
+
+
 def test_a_lost_gateway_takes_only_its_own_along() -> None:
     registry = Registry(0.0)
     registry.joined(OLD)

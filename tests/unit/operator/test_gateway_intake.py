@@ -8,7 +8,7 @@ from fakes.memory_sink import MemorySink
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_operator.core.sink import Origin
-from outrider_operator.gateway.intake import ByteBudget, Intake
+from outrider_operator.gateway.intake import BATCH_COST_BYTES, ByteBudget, Intake
 from outrider_operator.metrics import ServerMetrics
 from prometheus_client import CollectorRegistry
 
@@ -102,6 +102,16 @@ def test_bound_holds_and_all_is_given_back(sizes: list[tuple[int, bool]]) -> Non
 @pytest.fixture
 def registry() -> CollectorRegistry:
     return CollectorRegistry()
+
+
+async def test_small_batches_are_bounded_by_the_memory_they_take(
+    registry: CollectorRegistry,
+) -> None:
+    intake = Intake(MemorySink(), 100 * BATCH_COST_BYTES, ServerMetrics(registry))
+    held = 0
+    while held < 1000 and await intake.admit(make_batch(held + 1, size=1), at_once=True):
+        held += 1
+    assert 90 <= held < 100
 
 
 async def test_told_when_there_is_room_again(registry: CollectorRegistry) -> None:

@@ -9,9 +9,24 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from fakes.gateway import RunningGateway, eventually, open_stream, running_gateway
+from fakes.gateway import (
+    RunningGateway,
+    eventually,
+    open_stream,
+    running_gateway,
+)
+from outrider_operator.gateway.link import PENDING_REPORT_BYTES
+from outrider_proto import limits
 from outrider_proto.channel import bearer
-from outrider_proto.v1.agent_pb2 import Command, Drain, PackagedData, RunId, RunReport, RunState
+from outrider_proto.v1.agent_pb2 import (
+    Command,
+    Drain,
+    Heartbeat,
+    PackagedData,
+    RunId,
+    RunReport,
+    RunState,
+)
 from outrider_proto.v1.fleet_pb2 import LeaderHello, LinkRequest, LinkResponse, NodeCommand
 
 
@@ -192,6 +207,16 @@ async def test_clean_close(running: RunningGateway, channel: grpc.aio.Channel) -
     await eventually(lambda: running.metric("link_ends_total", reason="Closed") == 1)
 
 
+async def test_link_ends_with_its_token(tmp_path: Path) -> None:
+    auth = {"expiry_grace_seconds": 0.0}
+    async with running_gateway(tmp_path, auth=auth) as running, running.connect() as channel:
+        leader = RawLeader(channel, running.reviews.server(seconds=1.0))
+        await leader.send(LinkRequest(hello=LeaderHello(replica="leader", term=1)))
+        await leader.receive()
+        assert await leader.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert running.metric("link_ends_total", reason="TokenExpired") == 1
+
+
 async def test_leader_that_does_not_read_is_ended(
     running: RunningGateway, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,3 +248,68 @@ async def test_drain_keeps_the_link_until_agents_have_left(
     await agent.call.done_writing()
     assert (await leader.receive()).left[0].node == "a"
     assert await leader.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_no_agent_can_break_the_link_by_the_number_of_its_reports(
+    running: RunningGateway, channel: grpc.aio.Channel
+) -> None:
+    leader, _ = await link(running, channel, 1)
+    async with running.connect() as own:
+        agent = await open_stream(own, running.reviews.agent("a"), "a")
+        assert (await leader.receive()).joined
+        state = RunState(id=RunId(task_uid="t", attempt=1), preview=bytes(limits.PREVIEW_BYTES))
+        message = PackagedData(run_report=RunReport(runs=[state] * 1000)).SerializeToString()
+        number = 1 + 3 * PENDING_REPORT_BYTES // (2 * len(message))
+
+        async def flood() -> None:
+            for _ in range(number):
+                await agent.send(message)
+
+        flooding = asyncio.create_task(flood())
+        await eventually(lambda: running.metric("link_pending_bytes") > 0)
+        for _ in range(number):
+            # A leader that takes its time: more comes from the agent than it takes.
+            await asyncio.sleep(0.2)
+            assert (await leader.receive()).run_reports
+        await flooding
+    assert running.metric("link_ends_total", reason="TooSlow") == 0
+
+
+async def test_an_agent_that_waits_for_the_leader_goes_on_when_the_link_ends(
+    running: RunningGateway, channel: grpc.aio.Channel
+) -> None:
+    async with running.connect() as own:
+        leader, _ = await link(running, own, 1)
+        agent = await open_stream(channel, running.reviews.agent("a"), "a")
+        state = RunState(id=RunId(task_uid="t", attempt=1), preview=bytes(limits.PREVIEW_BYTES))
+        report = PackagedData(run_report=RunReport(runs=[state] * 1000))
+        for _ in range(2):
+            await agent.send(report)
+        await eventually(lambda: running.metric("run_reports_total", result="forwarded") >= 2)
+        await agent.send(PackagedData(heartbeat=Heartbeat(unix_nanos=5)))
+        leader.call.cancel()
+        assert (await agent.receive()).heartbeat.unix_nanos == 5
+
+
+async def test_no_agent_can_break_the_link_by_the_size_of_what_it_says(
+    running: RunningGateway, channel: grpc.aio.Channel
+) -> None:
+    leader, _ = await link(running, channel, 1)
+    node = "large-" + "x" * 200
+    agent = await open_stream(channel, running.reviews.agent(node), node)
+    # All of it keeps the limits of its parts, but the link's message around it would not.
+    state = RunState(id=RunId(task_uid="t", attempt=1), preview=bytes(limits.PREVIEW_BYTES))
+    state.message = "\u20ac" * 1000
+    message = PackagedData(run_report=RunReport(runs=[state] * 1000))
+    while message.ByteSize() > limits.MESSAGE_BYTES:
+        del message.run_report.runs[-1]
+    while (spare := limits.MESSAGE_BYTES - message.ByteSize()) > 100:
+        rest = bytes(min(spare - 50, limits.PREVIEW_BYTES))
+        message.run_report.runs.add(id=state.id, preview=rest)
+    assert limits.MESSAGE_BYTES - 100 < message.ByteSize() <= limits.MESSAGE_BYTES
+    await agent.send(message)
+    assert await agent.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await open_stream(channel, running.reviews.agent("good"), "good")
+    seen: set[str] = set()
+    while "good" not in seen:
+        seen.update(session.node for session in (await leader.receive()).joined)

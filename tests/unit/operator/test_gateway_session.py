@@ -1,6 +1,10 @@
 """The protocol of a stream, what waits for an agent and for the leader: no input or output."""
 
+import tracemalloc
+from typing import TypeVar
+
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_operator.core.identity import Identity, Role
@@ -34,6 +38,7 @@ from outrider_proto.v1.agent_pb2 import (
 )
 from outrider_proto.v1.fleet_pb2 import AgentLeft, AgentSession, NodeRunReport
 
+M = TypeVar("M", bound=Message)
 IDENTITY = Identity(Role.AGENT, "outrider/outrider-agent", "n", "uid", "p", "pu")
 HELLO = PackagedData(hello=Hello(node="n"))
 BATCH = RecordBatch(epoch=1, seq=1, codec=CODEC_NONE, records=b"x", count=1, decompressed_bytes=1)
@@ -45,6 +50,15 @@ def changed(**fields: object) -> PackagedData:
     for name, value in fields.items():
         setattr(batch, name, value)
     return PackagedData(batch=batch)
+
+
+def padded(message: M, size: int) -> M:
+    """A copy with so many bytes in a field that nobody knows; receivers keep such fields."""
+    length = bytes(size >> shift & 0x7F | (0x80 if shift < 21 else 0) for shift in (0, 7, 14, 21))
+    copy = type(message)()
+    copy.CopyFrom(message)
+    copy.MergeFromString(b"\xc2\x3e" + length + bytes(size))  # field 1000, with a length
+    return copy
 
 
 def run(uid: str = "t", attempt: int = 1, **fields: object) -> PackagedData:
@@ -71,6 +85,7 @@ def opened() -> SessionProtocol:
         (PackagedData(hello=Hello(node="n"), heartbeat=Heartbeat()), "SeveralKinds"),
         (PackagedData(hello=Hello(node="n", kernel="x" * 1000)), "BadHello"),
         (PackagedData(hello=Hello(node="n", run_kinds=["x"] * 100)), "BadHello"),
+        (PackagedData(hello=padded(Hello(node="n"), limits.HELLO_BYTES)), "BadHello"),
     ],
 )
 def test_first_message_refused(message: PackagedData, reason: str) -> None:
@@ -121,6 +136,16 @@ def test_content(message: PackagedData, kind: type[Event]) -> None:
         (changed(count=0), "INVALID_ARGUMENT", "BadBatch"),
         (changed(records=b"x" * (limits.BATCH_BYTES + 1)), "INVALID_ARGUMENT", "BadBatch"),
         (changed(decompressed_bytes=2**31), "INVALID_ARGUMENT", "BadBatch"),
+        (
+            PackagedData(batch=padded(BATCH, limits.BATCH_HEAD_BYTES)),
+            "INVALID_ARGUMENT",
+            "BadBatch",
+        ),
+        (
+            PackagedData(run_report=padded(RunReport(), limits.RUN_REPORT_BYTES)),
+            "INVALID_ARGUMENT",
+            "BadRunReport",
+        ),
         (run(uid=""), "INVALID_ARGUMENT", "BadRunReport"),
         (run(uid="x" * 100), "INVALID_ARGUMENT", "BadRunReport"),
         (run(attempt=0), "INVALID_ARGUMENT", "BadRunReport"),
@@ -303,3 +328,26 @@ def test_reports_are_split_and_bounded() -> None:
         taken += len(message.run_reports)
         assert message.ByteSize() < 2 * limits.MIB
     assert (taken, outgoing.report_bytes) == (sent, 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x92\x01\x80\x80\x80\x01" + b"\x0a\x00" * (1024 * 1024),
+        b"\x82\x01\x80\x80\x80\x01" + b"\x42\x00" * (1024 * 1024),
+        b"\x0a\x00" * (1024 * 1024),
+        b"\x1a\x00" * (1024 * 1024),
+        b"\x58\x00" * (1024 * 1024),
+    ],
+)
+def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes) -> None:
+    session = opened()
+    tracemalloc.start()
+    try:
+        event = session.receive(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(event, Refused)
+    assert event.reason == "TooManyEntries"
+    assert peak < 1_000_000

@@ -412,7 +412,7 @@ class TestSinkAway:
             for number in range(8):
                 node = f"node-{number}"
                 agents.append(await open_stream(channel, running.reviews.agent(node), node))
-                batch = make_batch(1, size=limits.RECORD_BYTES - 100)
+                batch = make_batch(1, size=limits.RECORD_BYTES - 16 * limits.KIB)
                 await agents[-1].send(PackagedData(batch=batch))
             await eventually(lambda: running.metric("batches_total", result="let_go") == 4)
             assert 0 < running.metric("batches_inflight_bytes") <= limit
@@ -454,6 +454,37 @@ class TestSinkAway:
             await eventually(lambda: running.metric("batches_inflight_bytes") > 0)
         await eventually(lambda: running.metric("batches_inflight_bytes") == 0)
         await eventually(lambda: running.sink.waiting == 0)
+
+
+class TestLateHello:
+    async def test_a_stream_opened_before_the_newest_does_not_take_its_place(
+        self, running: RunningGateway, channel: grpc.aio.Channel
+    ) -> None:
+        token = running.reviews.agent("n")
+        late = RawAgent(channel, token)
+        # Its handler has begun: it is older than the stream that follows.
+        await eventually(lambda: running.metric("token_cache_entries") == 1)
+        await asyncio.sleep(0)
+        newest = await open_stream(channel, token, "n")
+        await late.send(hello("n"))
+        assert await late.code() == grpc.StatusCode.ABORTED
+        await newest.send(PackagedData(heartbeat=Heartbeat(unix_nanos=5)))
+        assert (await newest.receive()).heartbeat.unix_nanos == 5
+
+    async def test_a_hello_during_the_drain_is_sent_away(self, tmp_path: Path) -> None:
+        async with (
+            running_gateway(tmp_path, drain_seconds=60.0) as running,
+            running.connect() as channel,
+        ):
+            stays = await open_stream(channel, running.reviews.agent("stays"), "stays")
+            late = RawAgent(channel, running.reviews.agent("late"))
+            await eventually(lambda: running.metric("token_cache_entries") == 2)
+            running.stop.set()
+            assert (await stays.receive()).HasField("drain")
+            await late.send(hello("late"))
+            assert await late.code() == grpc.StatusCode.UNAVAILABLE
+            assert not running.task.done()
+            stays.call.cancel()
 
 
 class TestDrain:

@@ -197,7 +197,10 @@ class Kept(RuleBasedStateMachine):
         blocked = spec["concurrencyPolicy"] == "Forbid" and self.active()
         if due > last and not spec.get("suspend") and not blocked:
             assert late, "nothing was in the way, and no task was made"
-            assert seconds_of(status["lastMissedTime"]) == due
+            # Later, if the clock was set back after a later one was missed.
+            missed = seconds_of(status["lastMissedTime"])
+            assert missed is not None
+            assert missed >= due
         for name in self.active():
             assert due_of(name) <= last
         before = list(self.cluster.requests)

@@ -94,3 +94,17 @@ def test_json_lines() -> None:
     assert lines[0]["text"] == 'x "y"'
     assert lines[0]["number"] == 1
     assert {"ts", "level", "logger", "msg"} <= lines[0].keys()
+
+
+HIDES = """
+import logging
+from outrider_runtime import logs
+logs.configure("info", "logfmt", hidden={"settings"})
+logging.getLogger("library").warning("odd", extra={"settings": "all", "kept": 1})
+"""
+
+
+def test_hidden_fields_of_libraries_are_left_out() -> None:
+    done = subprocess.run([sys.executable, "-c", HIDES], text=True, capture_output=True, check=True)
+    assert "kept=1" in done.stderr
+    assert "settings" not in done.stderr

@@ -69,16 +69,20 @@ async def test_bad_requests_harm_nobody() -> None:
         assert (await get(ops.port, "/healthz"))[0] == 200
 
 
-async def test_connections_are_bounded() -> None:
+async def test_connections_are_bounded_and_silent_ones_keep_no_probe_out() -> None:
     async with OpsServer("127.0.0.1:0", new_registry(), Health()) as ops:
         held = [
             await asyncio.open_connection("127.0.0.1", ops.port) for _ in range(MAX_CONNECTIONS)
         ]
-        for _reader, writer in held:
+        for reader, writer in held:  # each of them was really accepted
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
-        for reader, _writer in held:
             assert b"200" in await asyncio.wait_for(reader.readline(), 10)
-        assert await raw(ops.port, b"") == b""
+        assert (await get(ops.port, "/healthz"))[0] == 200
+        # The oldest went for it, and no other one.
+        first, *others = [reader for reader, _ in held]
+        await asyncio.wait_for(first.read(), 10)
+        assert first.at_eof()
+        assert not any(reader.at_eof() for reader in others)
         for _reader, writer in held:
             writer.close()
 

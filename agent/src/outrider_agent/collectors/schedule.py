@@ -1,13 +1,15 @@
 """Runs a collector again and again, in a thread of its own, without ever overlapping itself.
 
 A collection that hangs (a dead network file system) costs one thread and its own records, nothing
-else.
+else: the program ends without it.
 """
 
 import asyncio
+import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from outrider_proto import records
 from outrider_runtime.logs import get_logger
@@ -21,11 +23,58 @@ log = get_logger("outrider.collectors")
 SLOW_SECONDS = 10.0
 
 
+Fields = dict[str, str]
+
+
+class _Thread:
+    """One thread for all collections of one collector.
+
+    Always the same one, for some counters are kept for each thread. Not an executor's: the program
+    would wait for it at its end.
+    """
+
+    def __init__(self, name: str, collect: Callable[[], Fields]) -> None:
+        self._collect = collect
+        self._loop = asyncio.get_running_loop()
+        self._asked: queue.SimpleQueue[asyncio.Future[Fields] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def collect(self) -> asyncio.Future[Fields]:
+        """Begin a collection."""
+        future: asyncio.Future[Fields] = self._loop.create_future()
+        self._asked.put(future)
+        return future
+
+    def end(self) -> None:
+        """Have the thread end after what it does now."""
+        self._asked.put(None)
+
+    def _work(self) -> None:
+        while (future := self._asked.get()) is not None:
+            fields: Fields = {}
+            error: Exception | None = None
+            try:
+                fields = self._collect()
+            except Exception as problem:  # noqa: BLE001 - handed to the one who waits
+                error = problem
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(_settle, future, fields, error)
+
+
+def _settle(future: asyncio.Future[Fields], fields: Fields, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(fields)
+    else:
+        future.set_exception(error)
+
+
 async def collect_forever(
     name: str,
     data_type: int,
     interval: float,
-    collect: Callable[[], dict[str, str]],
+    collect: Callable[[], Fields],
     sink: RecordSink,
     metrics: AgentMetrics,
 ) -> None:
@@ -39,13 +88,12 @@ async def collect_forever(
         sink: Takes the records.
         metrics: Count.
     """
-    loop = asyncio.get_running_loop()
-    threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    thread = _Thread(name, collect)
     failing = False
     try:
         while True:
             began = time.monotonic()
-            work = loop.run_in_executor(threads, collect)
+            work = thread.collect()
             try:
                 done, _ = await asyncio.wait({work}, timeout=SLOW_SECONDS)
                 if not done:
@@ -63,4 +111,4 @@ async def collect_forever(
                 sink.submit(record, RecordClass.TELEMETRY)
             await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
+        thread.end()

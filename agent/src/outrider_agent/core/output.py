@@ -38,6 +38,9 @@ class Output:
         self._taken = 0
         #: Bytes seen in all, also beyond every limit.
         self.total = 0
+        #: Bytes of the chunks that were handed on.
+        self.handed_on = 0
+        self._cut_short = False
 
     @property
     def preview(self) -> bytes:
@@ -46,8 +49,12 @@ class Output:
 
     @property
     def truncated(self) -> bool:
-        """Whether output beyond the limit was thrown away."""
-        return self.total > self._max_bytes
+        """Whether output was thrown away: beyond the limit, or because it was taken too slowly."""
+        return self._cut_short or self.total > self._max_bytes
+
+    def give_up(self) -> None:
+        """Nothing more will be handed on: what was not, is thrown away."""
+        self._cut_short = self.handed_on < min(self.total, self._max_bytes)
 
     @property
     def pending(self) -> int:

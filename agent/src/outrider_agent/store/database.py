@@ -31,6 +31,9 @@ LOCK_NAME: Final = "agent.lock"
 #: Made when the file turned out to be damaged while it was in use: what a check at the start does
 #: not find must not end the agent again and again.
 SUSPECT_NAME: Final = "agent.db.suspect"
+#: What is to take the place of a damaged file, until it does.
+NEW_NAME: Final = "agent.db.new"
+_COMPANIONS: Final = ("-wal", "-shm")
 #: Damaged files that are kept for people to look at; older ones are deleted.
 KEPT_DAMAGED: Final = 2
 #: Bound of the write-ahead log after a checkpoint, bytes.
@@ -151,14 +154,19 @@ def open_database(directory: Path, *, now: Callable[[], float] = time.time) -> O
     path = directory / FILE_NAME
     suspect = directory / SUSPECT_NAME
     damaged: Path | None = None
-    salvage = Salvage()
+    if not path.exists():
+        _take_place(path)
     try:
         if suspect.exists() and path.exists():
             raise _DamageError("it failed the agent that used it before")
         connection = _open_checked(path, now)
     except _DamageError as damage:
         salvage = _salvage(path)
+        # Whole before the old one goes: whenever the agent is killed, the journal is in one of the
+        # two, or runs would begin twice.
+        _make_new(path, salvage, now)
         damaged = _set_aside(path, now())
+        _take_place(path)
         log.error(  # noqa: TRY400 - the problem is in the file; a traceback of ours tells nothing
             "the state file is damaged and was set aside; going on with a new one",
             file=str(path),
@@ -169,7 +177,6 @@ def open_database(directory: Path, *, now: Callable[[], float] = time.time) -> O
             lost="record batches that waited for a server",
         )
         connection = _open_checked(path, now)
-        _carry_over(connection, salvage)
     suspect.unlink(missing_ok=True)
     (epoch,) = connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
     return Opened(connection, epoch, damaged)
@@ -303,6 +310,30 @@ def _salvage(path: Path) -> Salvage:
     return found
 
 
+def _make_new(path: Path, salvage: Salvage, now: Callable[[], float]) -> None:
+    """Make the file that is to take the place of a damaged one, with all that was saved of it."""
+    new = path.with_name(NEW_NAME)
+    for suffix in ("", *_COMPANIONS):
+        new.with_name(new.name + suffix).unlink(missing_ok=True)
+    # Closing it moves all of the write-ahead log into the file, which is synced then.
+    with contextlib.closing(_open_checked(new, now)) as connection:
+        try:
+            _carry_over(connection, salvage)
+        except sqlite3.Error as error:
+            raise SettingsError(
+                f'setting "state.directory": cannot write {new}: {error}; expected free space'
+            ) from None
+
+
+def _take_place(path: Path) -> None:
+    """Have the new file take its place, if there is one; an agent may have been killed before."""
+    new = path.with_name(NEW_NAME)
+    if new.exists():
+        for suffix in _COMPANIONS:  # those of the file that was set aside
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        new.rename(path)
+
+
 def _carry_over(connection: sqlite3.Connection, salvage: Salvage) -> None:
     connection.execute("BEGIN IMMEDIATE")
     for key, state, final, pid, start, boot in salvage.runs:
@@ -325,19 +356,19 @@ def _set_aside(path: Path, now: float) -> Path:
     while target.exists():
         count += 1
         target = path.with_name(f"{path.name}.damaged-{stamp}-{count}")
-    for suffix in ("-wal", "-shm"):
+    # Without its log it could pass for a sound one, so it goes first.
+    path.rename(target)
+    for suffix in _COMPANIONS:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(target.with_name(target.name + suffix))
-    path.rename(target)
     _forget_old(path, keep=target)
     return target
 
 
 def _forget_old(path: Path, *, keep: Path) -> None:
     """Delete the oldest damaged files beyond the bound."""
-    companions = ("-wal", "-shm")
     found = [p for p in path.parent.glob(f"{path.name}.damaged-*") if p != keep]
-    mains = sorted(p for p in found if not p.name.endswith(companions))
+    mains = sorted(p for p in found if not p.name.endswith(_COMPANIONS))
     for old in mains[: max(0, len(mains) + 1 - KEPT_DAMAGED)]:
-        for suffix in ("", *companions):
+        for suffix in ("", *_COMPANIONS):
             old.with_name(old.name + suffix).unlink(missing_ok=True)

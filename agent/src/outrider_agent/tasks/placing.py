@@ -24,6 +24,8 @@ from outrider_agent.tasks.program import Program, StartError
 
 #: What programs find in PATH unless the task says otherwise.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Begin of the names in the work directory that are ours: it may be one that others use too.
+SCRIPT_PREFIX = "outrider-run-"
 #: The host's namespaces, but for those of users, which a node has one of, and of control groups,
 #: so that a run on the host still counts against the limits of the agent's Pod.
 NAMESPACES = ("mount", "uts", "ipc", "net", "pid")
@@ -69,7 +71,7 @@ def placed(command: pb.RunCommand, place: Place) -> Iterator[Program]:
         yield Program(
             argv=_entered(argv, path, account, place) if command.host else argv,
             environment=env,
-            mark=str(key_of(command.id)),
+            mark=processes.mark_for(key_of(command.id), place.node),
             timeout=command.timeout_seconds,
             grace=place.grace,
             executable=_nsenter() if command.host else path,
@@ -147,7 +149,7 @@ def environment(command: pb.RunCommand, node: str, account: Account | None) -> d
     """The whole environment of a run; little of it is the agent's, and no secret of its."""
     own = {
         # First: it is looked for in every process that a run may have left.
-        processes.MARK: str(key_of(command.id)),
+        processes.MARK: processes.mark_for(key_of(command.id), node),
         "OUTRIDER_NODE": node,
         "OUTRIDER_TASK": f"{command.namespace}/{command.name}",
         "OUTRIDER_ATTEMPT": str(command.id.attempt),
@@ -183,7 +185,7 @@ def _argv(
 def _script_file(source: str, work_directory: Path) -> Iterator[str]:
     """The script in a file that only we can read."""
     work_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="run-", dir=work_directory))
+    directory = Path(tempfile.mkdtemp(prefix=SCRIPT_PREFIX, dir=work_directory))
     try:
         script = directory / "script"
         fd = os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700)
@@ -214,5 +216,5 @@ def _script_in_memory(source: str) -> Iterator[int]:
 
 def clear_scripts(work_directory: Path) -> None:
     """Remove the scripts that an agent that was killed left behind. Blocks."""
-    for left in work_directory.glob("run-*"):
+    for left in work_directory.glob(f"{SCRIPT_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)

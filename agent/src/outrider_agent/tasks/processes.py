@@ -20,7 +20,7 @@ from outrider_runtime.logs import get_logger
 
 log = get_logger("outrider.tasks")
 
-#: Names the run that a process belongs to, as "TASK_UID/ATTEMPT".
+#: Names the run that a process belongs to; see `mark_for`.
 MARK: Final = "OUTRIDER_RUN"
 #: Only so much of a process's environment is searched, bytes: the mark comes first.
 _ENVIRONMENT_BYTES: Final = 1024 * 1024
@@ -93,6 +93,11 @@ def descendants(processes: Iterable[ProcessInfo], root: int) -> set[int]:
                 found.add(child)
                 todo.append(child)
     return found
+
+
+def mark_for(run: object, node: str) -> str:
+    """The mark of a run. Several nodes may share one system: it is the node's own run only."""
+    return f"{run}@{node}"
 
 
 def mark_of(pid: int) -> str | None:

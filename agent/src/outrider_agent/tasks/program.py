@@ -28,6 +28,8 @@ READ_BYTES = 64 * 1024
 DRAIN_SECONDS = 2.0
 #: How long processes are killed again and again, seconds: one in an uninterruptible wait stays.
 KILL_SECONDS = 5.0
+#: Between two looks whether a process has ended, where the system does not tell, seconds.
+EXIT_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,15 @@ async def run_program(
     loop = asyncio.get_running_loop()
     process, read_end = await _start(program, children, threads)
     reader = asyncio.StreamReader(limit=READ_BYTES)
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", 0)
-    )
-    pump = asyncio.create_task(_pump(reader, output, emit), name=f"output {process.pid}")
+    pipe = os.fdopen(read_end, "rb", 0)
+    transport: asyncio.BaseTransport | None = None
+    pump: asyncio.Task[None] | None = None
     all_gone = False
     try:
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        pump = asyncio.create_task(_pump(reader, output, emit), name=f"output {process.pid}")
         info = processes.inspect(process.pid)
         await on_start(Started(process.pid, info.start if info else 0))
         ending = await _supervise(program, process.pid, stop, threads)
@@ -149,13 +154,30 @@ async def run_program(
         await _finish_output(pump, output, emit)
         return ending
     finally:
-        pump.cancel()
-        transport.close()
+        if pump is not None:
+            pump.cancel()
+        (transport or pipe).close()
         if not all_gone:  # we are cancelled, or the journal failed: nothing of the run may stay
             all_gone = await asyncio.shield(_kill(program, process.pid, threads))
         if all_gone:
             process.wait()  # at once: it has ended
         children.known.discard(process.pid)  # one that is stuck is left to the reaper
+
+
+async def _undo(
+    started: "asyncio.Future[subprocess.Popen[bytes]]",
+    program: Program,
+    children: Children,
+    threads: Executor,
+) -> None:
+    """End a process that began although its run was cancelled meanwhile."""
+    await asyncio.wait([started])
+    if started.exception() is None:
+        process = started.result()
+        children.known.add(process.pid)
+        if await _kill(program, process.pid, threads):
+            process.wait()
+        children.known.discard(process.pid)
 
 
 async def _start(
@@ -171,8 +193,13 @@ async def _start(
         started = asyncio.get_running_loop().run_in_executor(
             threads, _spawn, program, path, write_end
         )
-        # Not to be left half-way: a process that nobody knows of would stay.
-        process = await asyncio.shield(started)
+        try:
+            process = await asyncio.shield(started)
+        except asyncio.CancelledError:
+            # Not to be left half-way: a process that nobody knows of would stay.
+            os.close(read_end)
+            await asyncio.shield(_undo(started, program, children, threads))
+            raise
         children.known.add(process.pid)
     except OSError as error:
         os.close(read_end)
@@ -224,6 +251,7 @@ async def _pump(
             chunks = output.feed(data)
         for chunk in chunks:
             await emit(chunk)
+            output.handed_on += len(chunk.data)
 
 
 async def _finish_output(
@@ -235,15 +263,16 @@ async def _finish_output(
             await pump
             for chunk in output.flush(last=True):
                 await emit(chunk)
+                output.handed_on += len(chunk.data)
     except TimeoutError:
-        return
+        output.give_up()
 
 
 async def _supervise(
     program: Program, pid: int, stop: asyncio.Future[Cause], threads: Executor
 ) -> Ending:
     """Wait for the leader's end, or bring it about; then end all that it left."""
-    gone = asyncio.ensure_future(exited(pid, threads))
+    gone = asyncio.ensure_future(exited(pid))
     cause = Cause.ITSELF
     try:
         ends: set[asyncio.Future[Any]] = {gone, stop}
@@ -280,7 +309,7 @@ async def _kill(program: Program, leader: int, threads: Executor) -> bool:
     )
 
 
-async def exited(pid: int, threads: Executor) -> tuple[int | None, int]:
+async def exited(pid: int) -> tuple[int | None, int]:
     """Wait for the end of a child without reaping it: its id stays taken till we say so.
 
     Returns:
@@ -289,8 +318,10 @@ async def exited(pid: int, threads: Executor) -> tuple[int | None, int]:
     loop = asyncio.get_running_loop()
     try:
         fd = os.pidfd_open(pid)
-    except OSError:  # kernels before 5.3, or a strict seccomp profile: a thread waits
-        await loop.run_in_executor(threads, os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except OSError:  # kernels before 5.3, or a strict seccomp profile
+        # Not in a thread: a few long runs would take all of them, and none could be ended.
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:  # noqa: ASYNC110, ASYNC222 - nothing tells of it, and the call does not wait
+            await asyncio.sleep(EXIT_POLL_SECONDS)
     else:
         readable = asyncio.Event()
         loop.add_reader(fd, readable.set)

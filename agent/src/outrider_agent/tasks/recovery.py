@@ -52,7 +52,7 @@ async def recover(
         key = key_of(left.state.id)
         outcome = leaving.outcome_after(left.state, str(key), absence)
         if outcome is None:
-            gone = await loop.run_in_executor(host.threads, _end_left, key, left)
+            gone = await loop.run_in_executor(host.threads, _end_left, key, left, host.place.node)
             outcome = _interrupted(gone)
         state = ended(left.state, outcome, time.time_ns())
         if state.phase == pb.RUN_PHASE_SUCCEEDED:
@@ -77,9 +77,10 @@ def _interrupted(gone: bool) -> Outcome:
     )
 
 
-def _end_left(key: RunKey, left: Unfinished) -> bool:
+def _end_left(key: RunKey, left: Unfinished, node: str) -> bool:
     leader = None
     process = left.process
     if process and processes.same_process(process.pid, process.start, process.boot_id):
         leader = process.pid
-    return processes.kill_all(str(key), leader, seconds=RECOVER_SECONDS, below=None)
+    mark = processes.mark_for(key, node)
+    return processes.kill_all(mark, leader, seconds=RECOVER_SECONDS, below=None)

@@ -99,8 +99,9 @@ class Supervisor:
 
     async def submit(self, commands: Sequence[pb.RunCommand]) -> None:
         """Take runs, or refuse them, and report which; of known ones report the state."""
-        # Together, so that the journal writes them together.
-        await asyncio.gather(*(self._submit(command) for command in commands))
+        # Together, so that the journal writes them together. And to the end, though the stream that
+        # brought them may break meanwhile: a run that is in the journal must begin as well.
+        await asyncio.shield(asyncio.gather(*(self._submit(command) for command in commands)))
 
     async def _submit(self, command: pb.RunCommand) -> None:
         key = key_of(command.id)

@@ -144,7 +144,8 @@ class Stream:
             await asyncio.wait({reader}, timeout=CLOSE_SECONDS)
         for task in (reader, writer):
             error = task.exception() if task.done() else None
-            if error is not None:
+            # InvalidStateError says only that a write came after the end of the call.
+            if error is not None and not isinstance(error, asyncio.InvalidStateError):
                 raise error
         raise StreamClosedError("the server ended the stream")
 

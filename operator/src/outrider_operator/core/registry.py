@@ -54,11 +54,16 @@ class Departure:
 
 
 class Registry:
-    """The sessions of the fleet, merged from all gateways. `since`: when this leader began."""
+    """The sessions of the fleet, merged from all gateways. `since`: when this leader began.
+
+    A node's older streams at other gateways are kept until they end: session numbers go by the
+    gateways' clocks, so one that looks older can be the one that is left.
+    """
 
     def __init__(self, since: float) -> None:
         self.since = since
         self.sessions: dict[str, Session] = {}
+        self._others: dict[str, dict[str, Session]] = {}
         self.departures: dict[str, Departure] = {}
 
     def remember(self, node: str, status: Mapping[str, Any]) -> None:
@@ -80,28 +85,57 @@ class Registry:
     def joined(self, session: Session) -> bool:
         """A stream began; False when a newer one of the node is known."""
         known = self.sessions.get(session.node)
+        if known is not None and known.gateway != session.gateway:
+            older = min(known, session, key=lambda s: s.session)
+            self._others.setdefault(session.node, {})[older.gateway] = older
         if known is not None and known.session > session.session:
             return False
+        self._forget_other(session.node, session.gateway)
         self.sessions[session.node] = session
         self.departures.pop(session.node, None)
         return True
+
+    def at(self, gateway: str) -> list[Session]:
+        """All streams that a gateway told of, also those that are not their node's newest."""
+        known = [s for s in self.sessions.values() if s.gateway == gateway]
+        return known + [others[gateway] for others in self._others.values() if gateway in others]
 
     def left(self, node: str, session: int, reason: str, now: float) -> bool:
         """A stream ended; False when it was not the node's newest."""
         known = self.sessions.get(node)
         if known is None or known.session != session:
+            for other in list(self._others.get(node, {}).values()):
+                if other.session == session:
+                    self._forget_other(node, other.gateway)
             return False
-        del self.sessions[node]
-        self.departures[node] = Departure(now, reason or "Closed")
+        self._depart(known, reason or "Closed", now)
         return True
+
+    def _depart(self, known: Session, reason: str, now: float) -> None:
+        """A node's newest stream is gone: another one of its takes its place, if there is one."""
+        del self.sessions[known.node]
+        others = self._others.get(known.node)
+        if others:
+            rest = max(others.values(), key=lambda s: s.session)
+            self._forget_other(known.node, rest.gateway)
+            self.sessions[known.node] = replace(rest, since=now)
+        else:
+            self.departures[known.node] = Departure(now, reason)
+
+    def _forget_other(self, node: str, gateway: str) -> None:
+        others = self._others.get(node, {})
+        others.pop(gateway, None)
+        if not others:
+            self._others.pop(node, None)
 
     def gateway_lost(self, gateway: str, now: float) -> list[str]:
         """A gateway is gone, and with it its streams. Returns the nodes."""
-        nodes = [s.node for s in self.sessions.values() if s.gateway == gateway]
-        for node in nodes:
-            del self.sessions[node]
-            self.departures[node] = Departure(now, GATEWAY_LOST)
-        return nodes
+        for node in list(self._others):
+            self._forget_other(node, gateway)
+        gone = [s for s in self.sessions.values() if s.gateway == gateway]
+        for session in gone:
+            self._depart(session, GATEWAY_LOST, now)
+        return [session.node for session in gone]
 
     def complete_report(self, node: str, session: int, now: float) -> bool:
         """A complete run report came; False when it is not of the node's newest stream."""

@@ -212,8 +212,8 @@ class Controller:
         if timer is not None:
             timer.cancel()
         present = {joined.node for joined in hello.joined}
-        for session in list(self.registry.sessions.values()):
-            if session.gateway == gateway and session.node not in present:
+        for session in self.registry.at(gateway):
+            if session.node not in present:
                 self._left(session.node, session.session, "Closed")
         self._joined(gateway, hello.hello.replica, hello.joined)
         self._servers[gateway] = hello.hello.replica

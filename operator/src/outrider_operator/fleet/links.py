@@ -20,6 +20,7 @@ from outrider_proto.v1.fleet_pb2_grpc import FleetServiceStub
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.discovery import Address, DiscoveryError, resolve
 from outrider_runtime.logs import get_logger
+from outrider_runtime.settings import SettingsError, readable
 
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import FleetSettings
@@ -71,7 +72,6 @@ class Links:
         settings: the section `fleet`.
         replica: name of this replica.
         term: fencing term of the Lease.
-        ca: issuers of the gateways' certificates, PEM.
         listener: told what gateways say.
         metrics: the server's.
     """
@@ -81,14 +81,12 @@ class Links:
         settings: FleetSettings,
         replica: str,
         term: int,
-        ca: bytes,
         listener: Listener,
         metrics: ServerMetrics,
         find: Callable[[str], Awaitable[list[Address]]] | None = None,
     ) -> None:
         self._settings = settings
         self._hello = LeaderHello(replica=replica, term=term)
-        self._ca = ca
         self._token = channel.TokenFile(settings.token_file)
         self._listener = listener
         self._metrics = metrics
@@ -167,7 +165,12 @@ class Links:
             token = self._token.read()
         except (OSError, ValueError) as error:
             raise LinkError(f"fleet.tokenFile: {error}") from None
-        connection = channel.connect(address, ca=self._ca, server_name=self._settings.server_name)
+        try:
+            # Anew for each link, as the gateways' certificates may come from another issuer by now.
+            ca = readable(self._settings.ca_file, setting="fleet.caFile")
+        except SettingsError as error:
+            raise LinkError(str(error)) from None
+        connection = channel.connect(address, ca=ca, server_name=self._settings.server_name)
         try:
             stub = FleetServiceStub(connection)
             call = stub.Link(metadata=channel.bearer(token))

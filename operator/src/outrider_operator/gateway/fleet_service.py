@@ -25,6 +25,7 @@ from outrider_proto.v1.fleet_pb2 import (
 )
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.gateway.auth import current_identity
 from outrider_operator.gateway.hub import Hub
 from outrider_operator.gateway.link import LinkOutgoing
 from outrider_operator.metrics import ServerMetrics
@@ -58,6 +59,9 @@ UNPARSABLE = LinkEnd("Unparsable", "INVALID_ARGUMENT", "the message is no LinkRe
 OLD_TERM = LinkEnd("OldTerm", "FAILED_PRECONDITION", "a leader with a higher term was here")
 REPLACED = LinkEnd("Replaced", "FAILED_PRECONDITION", "a newer link took this one's place")
 TOO_SLOW = LinkEnd("TooSlow", "RESOURCE_EXHAUSTED", "the leader does not read what is sent to it")
+TOKEN_EXPIRED = LinkEnd(
+    "TokenExpired", "UNAUTHENTICATED", "the token has expired: link again with a fresh one"
+)
 DRAINING = LinkEnd("Draining", "UNAVAILABLE", "this gateway leaves")
 
 
@@ -67,6 +71,7 @@ class FleetLinks:
     Args:
         hub: the agent streams.
         settings: of the gateway.
+        grace_seconds: how long a link may outlive its token.
         metrics: where links are counted.
         replica: name of this gateway.
         version: its version.
@@ -77,6 +82,7 @@ class FleetLinks:
         self,
         hub: Hub,
         settings: GatewaySettings,
+        grace_seconds: float,
         metrics: ServerMetrics,
         replica: str,
         version: str,
@@ -84,6 +90,7 @@ class FleetLinks:
     ) -> None:
         self.hub = hub
         self.settings = settings
+        self.grace_seconds = grace_seconds
         self.metrics = metrics
         self.hello = GatewayHello(replica=replica, version=version)
         self._monotonic = monotonic
@@ -145,6 +152,8 @@ class Link:
         self._context = context
         self._outgoing = LinkOutgoing()
         self._wake = asyncio.Event()
+        # Set, and replaced by another, each time that something was taken.
+        self._taken = asyncio.Event()
         self._ended: asyncio.Future[LinkEnd] = asyncio.get_running_loop().create_future()
 
     def joined(self, session: AgentSession) -> None:
@@ -165,10 +174,20 @@ class Link:
         if self._outgoing.full:
             self.end(TOO_SLOW)
 
+    async def room(self, node: str) -> None:
+        """Wait until most of what a node reported has been taken, or the link has ended."""
+        while self._outgoing.holds_up(node) and not self._ended.done():
+            await self._taken.wait()
+
     def end(self, end: LinkEnd) -> None:
         """End the link; only the first end counts."""
         if not self._ended.done():
             self._ended.set_result(end)
+        self._note_taken()
+
+    def _note_taken(self) -> None:
+        self._taken.set()
+        self._taken = asyncio.Event()
 
     async def serve(self) -> LinkEnd:
         """Serve the link from its hello to its end."""
@@ -189,20 +208,31 @@ class Link:
         try:
             end = await self._exchange(request)
         finally:
+            self.end(end)  # where it was cancelled, nobody has said so yet
             self._links.leave_place(self)
             bound.info("link ended", reason=end.reason)
         return end
 
     async def _exchange(self, first: LinkRequest) -> LinkEnd:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._write(), name="link-write"),
-                group.create_task(self._read(first), name="link-read"),
-                group.create_task(self._ask_all(), name="link-ask"),
-            ]
-            end = await self._ended
-            for task in tasks:
-                task.cancel()
+        expires = current_identity().expires
+        timer: asyncio.TimerHandle | None = None
+        if expires is not None:
+            left = expires + self._links.grace_seconds - time.time()
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(max(0.0, left), self.end, TOKEN_EXPIRED)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._write(), name="link-write"),
+                    group.create_task(self._read(first), name="link-read"),
+                    group.create_task(self._ask_all(), name="link-ask"),
+                ]
+                end = await self._ended
+                for task in tasks:
+                    task.cancel()
+        finally:
+            if timer is not None:
+                timer.cancel()
         return end
 
     async def _receive(self) -> LinkRequest | None:
@@ -246,6 +276,7 @@ class Link:
                 self._wake.clear()
                 while (message := self._outgoing.take()) is not None:
                     self._links.metrics.link_pending.set(self._outgoing.report_bytes)
+                    self._note_taken()
                     await self._send(message)
                 await self._wake.wait()
         except TimeoutError:

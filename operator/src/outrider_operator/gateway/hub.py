@@ -53,7 +53,7 @@ class Stream(Protocol):
 
 
 class Listener(Protocol):
-    """Somebody who follows the streams: a link. Its methods must not wait and not raise."""
+    """Somebody who follows the streams: a link. No method raises, and none but `room` waits."""
 
     def joined(self, session: AgentSession) -> None:
         """A stream began."""
@@ -63,6 +63,9 @@ class Listener(Protocol):
 
     def reported(self, report: NodeRunReport) -> None:
         """An agent reported runs."""
+
+    async def room(self, node: str) -> None:
+        """Wait until most of what a node reported has been taken, or nobody follows any more."""
 
 
 class Hub:
@@ -89,9 +92,14 @@ class Hub:
         return self._last_number
 
     def join(self, stream: Stream) -> None:
-        """Add a stream; an older one of the same node is ended."""
+        """Add a stream; an older one of the same node is ended, be it this one."""
         node = stream.info.node
         before = self._streams.get(node)
+        if before is not None and before.info.session > stream.info.session:
+            # Its hello came late, from a connection that its agent has left. The leader goes by
+            # the numbers, and would hear nothing of this one.
+            stream.end(REPLACED)
+            return
         self._streams[node] = stream
         self._metrics.streams.set(len(self._streams))
         if before is not None:
@@ -123,6 +131,11 @@ class Hub:
             self._listener.reported(
                 NodeRunReport(node=info.node, session=info.session, report=report)
             )
+
+    async def room(self, node: str) -> None:
+        """Wait until a node may report more: a flood of reports waits with its agent."""
+        if self._listener is not None:
+            await self._listener.room(node)
 
     def send(self, node: str, command: Command) -> None:
         """Send a command to a node; dropped where it has no stream here, the roster tells."""

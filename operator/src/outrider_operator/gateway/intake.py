@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
@@ -21,6 +22,9 @@ from outrider_operator.metrics import ServerMetrics
 #: Longest wait between two tries to store a batch, seconds.
 RETRY_CAP_SECONDS: Final = 5.0
 RETRY_BASE_SECONDS: Final = 0.2
+#: What a batch that waits takes besides its records, bytes, as measured: task, message, futures.
+#: Without it many small batches would hold many times the bound.
+BATCH_COST_BYTES: Final = 8 * limits.KIB
 #: A stream waits so long for room before its batch is let go, seconds. Its run reports wait
 #: behind the batch, so this is also how late a full sink can make them.
 PATIENCE_SECONDS: Final = 5.0
@@ -88,7 +92,7 @@ class Intake:
 
     Args:
         sink: where they are stored.
-        limit: most bytes of batches held at once.
+        limit: most bytes of batches held at once, with what surrounds them.
         metrics: where they are counted.
 
     Attributes:
@@ -111,7 +115,7 @@ class Intake:
         """
         try:
             async with asyncio.timeout(0 if at_once else self.patience):
-                await self._budget.take(len(batch.records))
+                await self._budget.take(_cost(batch))
         except TimeoutError:
             self._metrics.batches.labels("let_go").inc()
             return False
@@ -127,7 +131,7 @@ class Intake:
 
     def release(self, batch: RecordBatch) -> None:
         """Give an admitted batch's room back."""
-        self._budget.give_back(len(batch.records))
+        self._budget.give_back(_cost(batch))
 
     async def store(self, origin: Origin, batch: RecordBatch) -> None:
         """Store an admitted batch, however long the sink needs; returns when it is safe."""
@@ -162,3 +166,8 @@ class Intake:
             )
             return False
         return True
+
+
+def _cost(batch: RecordBatch) -> int:
+    """The memory that a waiting batch takes, about, bytes."""
+    return len(batch.records) + BATCH_COST_BYTES

@@ -13,6 +13,8 @@ from outrider_proto.v1.fleet_pb2 import AgentLeft, AgentSession, LinkResponse, N
 
 #: Most bytes of run reports that wait for the leader.
 PENDING_REPORT_BYTES: Final = 64 * limits.MIB
+#: Most of that from one node before its stream is read on: one agent must not close the link.
+NODE_REPORT_BYTES: Final = limits.MIB
 #: A message is closed at this size, bytes; a single report may be larger.
 MESSAGE_BYTES: Final = limits.MIB
 #: Most roster changes in one message.
@@ -26,6 +28,7 @@ class LinkOutgoing:
         self._joined: dict[str, AgentSession] = {}
         self._left: dict[str, AgentLeft] = {}
         self._reports: deque[tuple[NodeRunReport, int]] = deque()
+        self._node_bytes: dict[str, int] = {}
         self.report_bytes = 0
 
     def __bool__(self) -> bool:
@@ -35,6 +38,10 @@ class LinkOutgoing:
     def full(self) -> bool:
         """More reports wait than may."""
         return self.report_bytes > PENDING_REPORT_BYTES
+
+    def holds_up(self, node: str) -> bool:
+        """So much waits of one node that it should report no more for now."""
+        return self._node_bytes.get(node, 0) > NODE_REPORT_BYTES
 
     def joined(self, session: AgentSession) -> None:
         """A stream began."""
@@ -54,6 +61,7 @@ class LinkOutgoing:
         size = report.ByteSize()
         self._reports.append((report, size))
         self.report_bytes += size
+        self._node_bytes[report.node] = self._node_bytes.get(report.node, 0) + size
 
     def take(self) -> LinkResponse | None:
         """The next message: beginnings before ends, and both before reports; None: nothing waits.
@@ -73,6 +81,9 @@ class LinkOutgoing:
         while self._reports and (not taken or taken + self._reports[0][1] <= MESSAGE_BYTES):
             report, size = self._reports.popleft()
             taken += size
+            self._node_bytes[report.node] -= size
+            if not self._node_bytes[report.node]:
+                del self._node_bytes[report.node]
             message.run_reports.append(report)
         self.report_bytes -= taken
         return message

@@ -116,7 +116,9 @@ class Gateway:
         self._left = asyncio.Event()
         self._calls = 0
         self.hub = Hub(metrics)
-        self.links = FleetLinks(self.hub, settings, metrics, replica, version)
+        self.links = FleetLinks(
+            self.hub, settings, auth.expiry_grace_seconds, metrics, replica, version
+        )
         self._shared = Shared(
             settings=settings,
             auth=auth,

@@ -12,16 +12,28 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from outrider_proto import batches, limits
 from outrider_proto.v1.agent_pb2 import Heartbeat, Hello, PackagedData, RecordBatch, RunReport
+from outrider_proto.wire import beyond
 
 from outrider_operator.core.identity import Identity
 
-#: Longest texts in a Hello, characters: they end up in Agent objects, and all of them together in
-#: the first message of a link.
+#: Longest texts in a Hello, characters: they end up in Agent objects.
 HELLO_TEXT_LENGTH: Final = 128
 HELLO_RUN_KINDS: Final = 16
 #: Longest task UID and reason in a run report, characters.
 UID_LENGTH: Final = 64
 REASON_LENGTH: Final = 64
+#: Messages above this are counted before they are parsed, bytes.
+COUNTED_BYTES: Final = 16 * limits.KIB
+#: Most entries of repeated fields by their path; () is any other field.
+ENTRIES: Final = {
+    (1,): limits.BATCH_RECORDS,
+    (3,): 64,
+    (4,): 64,
+    (5,): 64,
+    (6,): 64,
+    (16, 8): HELLO_RUN_KINDS,
+    (18, 1): limits.RUNS_PER_MESSAGE,
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,11 @@ class SessionProtocol:
                 "TooLarge",
                 f"a message of {len(data)} bytes; at most {limits.MESSAGE_BYTES}",
             )
+        if len(data) > COUNTED_BYTES:
+            path = beyond(data, ENTRIES)
+            if path is not None:
+                field = ".".join(map(str, path)) or "that is unknown"
+                return _invalid("TooManyEntries", f"too many entries in a field {field}")
         try:
             message = PackagedData.FromString(data)
         except DecodeError:
@@ -134,6 +151,9 @@ class SessionProtocol:
         hello = message.hello
         if hello.node != self._identity.node:
             return _denied("ForeignNode", "hello.node is not the node in the token")
+        # Fields that are not known here count as well: they are kept and passed on.
+        if hello.ByteSize() > limits.HELLO_BYTES:
+            return _invalid("BadHello", f"a hello has at most {limits.HELLO_BYTES} bytes")
         texts = [hello.version, hello.net_mode, hello.instance, hello.platform, hello.kernel]
         texts += hello.run_kinds
         if len(hello.run_kinds) > HELLO_RUN_KINDS or any(
@@ -165,6 +185,8 @@ class SessionProtocol:
 
 def check_report(report: RunReport) -> str | None:
     """Why a run report is beyond the limits; None when it keeps them."""
+    if report.ByteSize() > limits.RUN_REPORT_BYTES:
+        return f"a report of {report.ByteSize()} bytes; at most {limits.RUN_REPORT_BYTES}"
     if len(report.runs) > limits.RUNS_PER_MESSAGE:
         return f"{len(report.runs)} runs; at most {limits.RUNS_PER_MESSAGE}"
     for run in report.runs:

@@ -75,14 +75,18 @@ class Shared:
 async def transfer(shared: Shared, context: Any) -> None:
     """Serve one call of AgentService/Transfer until it ends."""
     if shared.draining():
-        shared.metrics.refusals.labels(DRAINING.code, DRAINING.reason).inc()
-        end = DRAINING
+        end = _sent_away(shared)
     else:
         end = await AgentStream(shared, current_identity(), context).serve()
     if end not in (CLOSED, PEER_GONE):
         # Where even the status cannot be sent, grpc drops the call when this returns.
         async with asyncio.timeout(ABORT_SECONDS):
             await context.abort(grpc.StatusCode[end.code], end.message)
+
+
+def _sent_away(shared: Shared) -> End:
+    shared.metrics.refusals.labels(DRAINING.code, DRAINING.reason).inc()
+    return DRAINING
 
 
 class AgentStream:
@@ -143,6 +147,8 @@ class AgentStream:
         refused = await self._hello()
         if refused is not None:
             return refused
+        if self._shared.draining():  # since the call began; nobody would tell this stream
+            return _sent_away(self._shared)
         self._shared.hub.join(self)
         self._log.info("stream opened", address=self.info.address)
         end = PEER_GONE
@@ -227,6 +233,7 @@ class AgentStream:
                     await self._take(event.batch, group)
                 elif isinstance(event, RunsReported):
                     self._shared.hub.report(self, event.report)
+                    await self._shared.hub.room(self.info.node)
                 elif isinstance(event, HeartbeatCame):
                     self._outgoing.answer(event.heartbeat)
                     self._wake.set()

@@ -86,11 +86,13 @@ class KubeClient:
     ) -> None:
         self.api = ApiClient(config)
         self._host: str = config.host
+        self._closed = False
         self._seconds = seconds
         self._on_result = on_result
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close its connections; what is asked for later is refused."""
+        self._closed = True
         await self.api.close()  # type: ignore[no-untyped-call] # the client has few types
 
     async def request(
@@ -122,6 +124,8 @@ class KubeClient:
         self, method: str, target: str, body: Any, content_type: str, accept: str
     ) -> Object:
         what = f"{method} {target.partition('?')[0]}"
+        if self._closed:
+            raise ClusterUnavailableError(f"{what}: not asked, this program is about to end")
         headers = {"Accept": accept, "Content-Type": content_type}
         try:
             async with asyncio.timeout(self._seconds):

@@ -108,6 +108,8 @@ class Candidate:
         #: Monotonic time up to which this replica may act as leader.
         self.valid_until = 0.0
         self._last_error = ""
+        self._observed: LeaderElectionRecord | None = None
+        self._observed_at = 0.0
 
     @property
     def leads(self) -> bool:
@@ -152,6 +154,10 @@ class Candidate:
         """Take or renew the Lease once; False when it is not ours or the API server is away."""
         began = time.monotonic()
         self._last_error = ""
+        # The client goes by the time of day, and that may be set: a holder must have its whole time
+        # by the steady clock, and no more than that.
+        age = began - self._observed_at
+        self._election.observed_time_milliseconds = int((time.time() - age) * 1000)
         try:
             async with asyncio.timeout(self._settings.retry_period_seconds + 3):
                 won = await self._election.try_acquire_or_renew()
@@ -159,6 +165,10 @@ class Candidate:
             status = getattr(error, "status", None)
             self._last_error = f"{type(error).__name__} {status or error}".strip()
             return False
+        finally:
+            if self._election.observed_record is not self._observed:
+                self._observed = self._election.observed_record
+                self._observed_at = time.monotonic()
         if won:
             self.valid_until = began + self._settings.renew_deadline_seconds
         return won

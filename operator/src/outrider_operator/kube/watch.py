@@ -56,6 +56,7 @@ class Watches:
         self._owner = asyncio.get_running_loop()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._stopping = False
         self._error: BaseException | None = None
         self._beat = time.monotonic()
         self._seen: dict[str, int] = {}
@@ -74,6 +75,7 @@ class Watches:
         while True:
             began = time.monotonic()
             ended = asyncio.Event()
+            self._stopping = False
             thread = threading.Thread(
                 target=self._thread, args=(ended,), name="watches", daemon=True
             )
@@ -102,6 +104,7 @@ class Watches:
         self._beat = time.monotonic()
 
     def _request_stop(self) -> None:
+        self._stopping = True
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None:
             with contextlib.suppress(RuntimeError):  # its loop may have ended meanwhile
@@ -138,6 +141,8 @@ class Watches:
     async def _operate(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        if self._stopping:  # asked before there was anything to ask
+            self._stop.set()
         beat = asyncio.create_task(self._keep_beating(), name="beat")
         try:
             await kopf.operator(

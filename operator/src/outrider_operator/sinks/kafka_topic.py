@@ -24,6 +24,16 @@ class TopicError(Exception):
     """The topic cannot be used; the text says why and what to do."""
 
 
+def topic_configs(replicas: int) -> dict[str, str]:
+    """The settings of a new topic with so many replicas."""
+    return {
+        "max.message.bytes": str(MESSAGE_BYTES),
+        # By default acks=all is content with one replica when the others are behind, and what was
+        # acknowledged goes with that broker. With two, one of three may still be away.
+        "min.insync.replicas": "2" if replicas >= 3 else "1",
+    }
+
+
 async def ensure_topic(settings: KafkaSinkSettings) -> None:
     """See that the topic is there, making it where that is allowed.
 
@@ -58,7 +68,7 @@ async def _create(admin: AIOKafkaAdminClient, settings: KafkaSinkSettings) -> No
         settings.topic,
         settings.partitions,
         replicas,
-        topic_configs={"max.message.bytes": str(MESSAGE_BYTES)},
+        topic_configs=topic_configs(replicas),
     )
     answer = await admin.create_topics([topic])
     for item in answer.to_object()["topic_errors"]:

@@ -385,7 +385,8 @@ Global___RecordList: _TypeAlias = RecordList  # noqa: Y015
 @_typing.final
 class RecordBatch(_message.Message):
     """A batch of records, made once on the agent and never opened on the way to the sink.
-    (agent, epoch, seq) names it for ever: the same name always has the same content.
+    (agent, epoch, seq) names it for ever: the same name always has the same content. All fields but
+    `records` together have at most limits.BATCH_HEAD_BYTES.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -438,8 +439,8 @@ Global___RecordBatch: _TypeAlias = RecordBatch  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
-    """Who an agent is and what it runs on. Nothing in it is trusted for identity: that comes from
-    the token.
+    """Who an agent is and what it runs on; at most limits.HELLO_BYTES. Nothing in it is trusted for
+    identity: that comes from the token.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -522,7 +523,9 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class RunReport(_message.Message):
-    """States of runs, sent on every change and, complete, after `report_runs`."""
+    """States of runs, sent on every change and, complete, after `report_runs`; at most
+    limits.RUN_REPORT_BYTES and limits.RUNS_PER_MESSAGE.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

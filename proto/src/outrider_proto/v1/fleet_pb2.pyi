@@ -231,7 +231,9 @@ class AgentLeft(_message.Message):
     session: _builtins.int
     """The session that ended."""
     reason: _builtins.str
-    """CamelCase word for why: "Closed", "Replaced", "TokenExpired", "Draining", "PeerGone", "TooSlow"."""
+    """CamelCase word for why: "Closed", "Replaced", "TokenExpired", "Draining", "PeerGone", "TooSlow",
+    "Refused".
+    """
     def __init__(
         self,
         *,
