@@ -30,6 +30,11 @@ EVERYTHING = Policy(RUN_KINDS, users=["*"], own={"root", "0"}, host=True)
 PRINT_IDS = "id -u; id -g; id -G; echo $HOME $USER"
 
 
+def left_of(uid: str) -> list[processes.ProcessInfo]:
+    """The living processes of a run, wherever they are."""
+    return processes.members(processes.mark_for(f"{uid}/1", "node-a"), None, below=None)
+
+
 class Node:
     """A supervisor, and what it said."""
 
@@ -183,7 +188,7 @@ async def test_the_processes_of_a_user_are_ended_too(node: Node) -> None:
     state = await node.until(uid, final=True)
     assert state.phase == pb.RUN_PHASE_TIMED_OUT
     assert "did not go away" not in state.message
-    assert processes.members(f"{uid}/1", None, below=None) == []
+    assert left_of(uid) == []
 
 
 # Executables.
@@ -366,7 +371,7 @@ async def test_all_that_a_run_left_on_the_host_is_ended(tmp_path: Path, how: str
         )
         await node.until(uid, final=False)
         async with asyncio.timeout(20):
-            while len(processes.members(f"{uid}/1", None, below=None)) < 4:
+            while len(left_of(uid)) < 4:
                 await asyncio.sleep(0.02)
         if how == "cancel":
             run = next(s for s in node.states if s.id.task_uid == uid)
@@ -375,7 +380,7 @@ async def test_all_that_a_run_left_on_the_host_is_ended(tmp_path: Path, how: str
         state = await node.until(uid, final=True)
         wanted = pb.RUN_PHASE_TIMED_OUT if how == "timeout" else pb.RUN_PHASE_CANCELLED
         assert state.phase == wanted
-        assert processes.members(f"{uid}/1", None, below=None) == []
+        assert left_of(uid) == []
         assert processes.inspect(pid) is not None  # and nothing else
 
 
