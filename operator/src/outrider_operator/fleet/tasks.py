@@ -195,8 +195,10 @@ class TaskRunner:
         begun = msgspec.structs.replace(task, started=self._world.now())
         # Before its time begins, nothing was sent: what an earlier try left is written over.
         rows = targeting.first_rows(names, nodes.keys(), self._world.registry.sessions.keys())
-        # What each waits for is written at once, not at the next step to every report again.
-        rows = planner.without_intents(rows, self._plan(begun, rows).rows)
+        # What each waits for is written at once, not at the next step to every report again; but
+        # nothing that is final, for a try that fails before the start is done over.
+        planned = self._plan(begun, rows).rows
+        rows.update((n, row) for n, row in planned.items() if row.phase is Phase.PENDING)
         self._slices = slices.cut(names, task.spec.output.preview_bytes)
         # Reports that an earlier try made and this one does not need become empty.
         self._slices += [()] * (len(self._versions) - len(self._slices))
