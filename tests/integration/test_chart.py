@@ -522,7 +522,12 @@ RIGHTS = [
     ("patch", "agenttasks.outrider.dev", "other", True),
     ("patch", "agenttasks.outrider.dev/status", "other", True),
     ("delete", "agenttasks.outrider.dev", "other", True),
-    ("create", "agenttasks.outrider.dev", "other", False),
+    # For AgentTaskSchedules; what a task says cannot be changed afterwards.
+    ("create", "agenttasks.outrider.dev", "other", True),
+    ("list", "agenttaskschedules.outrider.dev", "other", True),
+    ("patch", "agenttaskschedules.outrider.dev/status", "other", True),
+    ("create", "agenttaskschedules.outrider.dev", "other", False),
+    ("delete", "agenttaskschedules.outrider.dev", "other", False),
     ("create", "agenttaskreports.outrider.dev", "other", True),
     ("update", "agenttaskreports.outrider.dev", "other", True),
     ("create", "agents.outrider.dev", "", True),
