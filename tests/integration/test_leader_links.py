@@ -189,8 +189,9 @@ async def test_runs_without_a_task_are_settled(gateway, monkeypatch) -> None:
             RunState(id=RunId(task_uid="gone", attempt=1), phase=RunPhase.RUN_PHASE_FAILED),
             RunState(id=RunId(task_uid="gone", attempt=2), phase=RunPhase.RUN_PHASE_RUNNING),
         )
-        await eventually(lambda: [run.attempt for run in agent.acks] == [1])
-        await eventually(lambda: [run.attempt for run in agent.cancels] == [2])
+        # Once or, where a report came again meanwhile, more often.
+        await eventually(lambda: {run.attempt for run in agent.acks} == {1})
+        await eventually(lambda: {run.attempt for run in agent.cancels} == {2})
         await agent.close()
 
 
