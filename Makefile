@@ -75,7 +75,7 @@ fetch: setup ## build and fetch all that the tests need: Kubernetes, Kafka, Prom
 
 .PHONY: test
 test: check fetch ## all tests: unit, integration, end to end (40 minutes cold, 12 warm)
-	$(PYTEST) tests
+	$(PYTEST) tests/integration tests/e2e
 
 .PHONY: test-unit
 test-unit: setup ## the unit tests
