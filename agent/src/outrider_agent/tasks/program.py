@@ -121,18 +121,11 @@ async def run_program(
     Raises:
         StartError: It could not be started.
     """
-    loop = asyncio.get_running_loop()
     process, read_end = await _start(program, children, threads)
-    reader = asyncio.StreamReader(limit=READ_BYTES)
-    pipe = os.fdopen(read_end, "rb", 0)
-    transport: asyncio.BaseTransport | None = None
-    pump: asyncio.Task[None] | None = None
+    pipe = _Pipe(read_end)
+    pump = asyncio.create_task(_pump(pipe, output, emit), name=f"output {process.pid}")
     all_gone = False
     try:
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), pipe
-        )
-        pump = asyncio.create_task(_pump(reader, output, emit), name=f"output {process.pid}")
         info = processes.inspect(process.pid)
         await on_start(Started(process.pid, info.start if info else 0))
         ending = await _supervise(program, process.pid, stop, threads)
@@ -140,9 +133,8 @@ async def run_program(
         await _finish_output(pump, output, emit)
         return ending
     finally:
-        if pump is not None:
-            pump.cancel()
-        (transport or pipe).close()
+        pump.cancel()
+        pipe.close()
         if not all_gone:  # we are cancelled, or the journal failed: nothing of the run may stay
             all_gone = await asyncio.shield(_kill(program.mark, process.pid, threads))
         if all_gone:
@@ -221,14 +213,50 @@ def _spawn(program: Program, path: str, write_end: int) -> "subprocess.Popen[byt
     )
 
 
-async def _pump(
-    reader: asyncio.StreamReader, output: Output, emit: Callable[[Chunk], Awaitable[None]]
-) -> None:
+class _Pipe:
+    """The end of a pipe that we read, which is closed once.
+
+    Not `loop.connect_read_pipe`: uvloop closes the descriptor in C and then once more as a Python
+    file, and in between another thread may have got the same number for a file of its own.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._closed = False
+
+    async def read(self) -> bytes:
+        """What is there, at most READ_BYTES; empty at the end."""
+        while not self._closed:
+            try:
+                return os.read(self._fd, READ_BYTES)
+            except BlockingIOError:
+                await self._readable()
+        return b""
+
+    async def _readable(self) -> None:
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._fd, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            if not self._closed:
+                loop.remove_reader(self._fd)
+
+    def close(self) -> None:
+        """Close it; again: nothing."""
+        if not self._closed:
+            self._closed = True
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+
+
+async def _pump(pipe: "_Pipe", output: Output, emit: Callable[[Chunk], Awaitable[None]]) -> None:
     """Read to the end of the pipe."""
     while True:
         try:
             async with asyncio.timeout(FLUSH_SECONDS if output.pending else None):
-                data = await reader.read(READ_BYTES)
+                data = await pipe.read()
         except TimeoutError:
             chunks = output.flush()
         else:
