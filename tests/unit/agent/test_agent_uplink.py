@@ -224,6 +224,9 @@ async def test_a_refusal_is_told_clearly_and_the_token_is_read_anew(
         name = "outrider_agent_connects_total"
         assert value(bench.registry, name, net_mode="sd", result="refused") >= 1
         (tmp_path / "token").write_text("fresh")
+        # One try may be under way with the old token; the one after it is not.
+        before = gateway.attempts
+        await gateway.until(lambda: gateway.attempts >= before + 2)
         gateway.refuse = None
         stream = await gateway.stream()
         assert stream.token == "fresh"

@@ -353,7 +353,7 @@ class TestStreams:
             await open_stream(channel, running.reviews.agent("node-1"), "node-1")
             assert running.metric("streams") == 1
         await eventually(lambda: running.metric("streams") == 0)
-        assert running.metric("stream_ends_total", reason="PeerGone") == 1
+        await eventually(lambda: running.metric("stream_ends_total", reason="PeerGone") == 1)
 
     async def test_slow_reader_is_ended(self, tmp_path: Path) -> None:
         async with (
