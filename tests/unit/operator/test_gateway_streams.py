@@ -336,7 +336,7 @@ class TestStreams:
         assert running.metric("streams") == 1
         await second.send(PackagedData(batch=make_batch(1)))
         assert (await second.receive()).batch_acks
-        assert running.metric("stream_ends_total", reason="Replaced") == 1
+        await eventually(lambda: running.metric("stream_ends_total", reason="Replaced") == 1)
 
     async def test_ends_with_the_token(self, tmp_path: Path) -> None:
         async with (
@@ -346,7 +346,9 @@ class TestStreams:
             token = running.reviews.agent("node-1", seconds=1.0)
             agent = await open_stream(channel, token, "node-1")
             assert await agent.code() == grpc.StatusCode.UNAUTHENTICATED
-            assert running.metric("stream_ends_total", reason="TokenExpired") == 1
+            await eventually(
+                lambda: running.metric("stream_ends_total", reason="TokenExpired") == 1
+            )
 
     async def test_a_peer_that_vanishes_leaves_no_stream(self, running: RunningGateway) -> None:
         async with running.connect() as channel:
@@ -385,7 +387,7 @@ class TestStreams:
         runs = [RunCommand(id=RunId(task_uid="t", attempt=n), script=script) for n in range(64)]
         stream.push(Command(runs=runs))
         assert await agent.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert running.metric("stream_ends_total", reason="TooSlow") == 1
+        await eventually(lambda: running.metric("stream_ends_total", reason="TooSlow") == 1)
 
     async def test_reader_gets_all_that_was_merged(
         self, running: RunningGateway, channel: grpc.aio.Channel
