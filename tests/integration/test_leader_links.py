@@ -183,8 +183,10 @@ async def test_an_older_leader_is_fenced_off(gateway) -> None:
 async def test_runs_without_a_task_are_settled(gateway, monkeypatch) -> None:
     monkeypatch.setattr(orphans, "GRACE_SECONDS", 0.3)
     cluster = MemoryCluster()
-    async with leading(Leader(cluster, gateway, 1)):
+    async with leading(Leader(cluster, gateway, 1)) as leader:
         agent = await join(gateway, "a")
+        # What is reported without a leader is asked for again, and this agent has no memory.
+        await eventually(lambda: "a" in leader.controller.registry.sessions)
         await agent.report(
             RunState(id=RunId(task_uid="gone", attempt=1), phase=RunPhase.RUN_PHASE_FAILED),
             RunState(id=RunId(task_uid="gone", attempt=2), phase=RunPhase.RUN_PHASE_RUNNING),
