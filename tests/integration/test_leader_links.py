@@ -100,8 +100,8 @@ class FakeAgent:
             while True:
                 command = await self.stream.receive()
                 self.acks += command.run_acks
-                for run in command.run_acks:
-                    self.known.pop((run.task_uid, run.attempt), None)
+                for acked in command.run_acks:
+                    self.known.pop((acked.task_uid, acked.attempt), None)
                 self.cancels += command.cancels
                 for run in command.runs:
                     self.runs.append(run.id)
