@@ -218,6 +218,23 @@ class Programs:
         )
 
 
+def status(fleet: Programs, name: str) -> dict[str, Any]:
+    """The status of an AgentTask in the default namespace; empty while it has none."""
+    task = json.loads(fleet.plane.kubectl("get", "agenttask", name, "-o", "json"))
+    return dict(task.get("status", {}))
+
+
+def rows(fleet: Programs, name: str) -> dict[str, dict[str, Any]]:
+    """What the reports of an AgentTask say, by node."""
+    found = json.loads(fleet.plane.kubectl("get", "agenttaskreports", "-o", "json"))
+    return {
+        row["node"]: row
+        for report in found["items"]
+        if report["task"]["name"] == name
+        for row in report["nodes"]
+    }
+
+
 def http(program: Program, path: str) -> tuple[int, str]:
     """Ask a program's own listener; status 0 if nothing answers."""
     url = f"http://{HOST}:{program.ops_port}{path}"

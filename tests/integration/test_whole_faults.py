@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cluster.controlplane import API_SERVER, ControlPlane
-from cluster.programs import HOST, Program, Programs, http
+from cluster.programs import HOST, Program, Programs, http, rows, status
 from cluster.supervised import wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -75,21 +75,6 @@ def apply(fleet: Programs, source: str, env: dict[str, str], **spec: Any) -> str
     }
     fleet.plane.kubectl("apply", "-f", "-", stdin=json.dumps(task))
     return name
-
-
-def status(fleet: Programs, name: str) -> dict[str, Any]:
-    task = json.loads(fleet.plane.kubectl("get", "agenttask", name, "-o", "json"))
-    return dict(task.get("status", {}))
-
-
-def rows(fleet: Programs, name: str) -> dict[str, dict[str, Any]]:
-    found = json.loads(fleet.plane.kubectl("get", "agenttaskreports", "-o", "json"))
-    return {
-        row["node"]: row
-        for report in found["items"]
-        if report["task"]["name"] == name
-        for row in report["nodes"]
-    }
 
 
 def wait_phase(fleet: Programs, name: str, *phases: str, seconds: float = WAIT) -> None:

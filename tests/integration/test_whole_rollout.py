@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cluster.controlplane import ControlPlane
-from cluster.programs import Programs
+from cluster.programs import Programs, rows, status
 from cluster.supervised import wait_for
 
 NODES = ("alpha", "beta", "gamma")
@@ -60,21 +60,6 @@ def apply(fleet: Programs, folder: Path, source: str, **spec: Any) -> str:
     }
     fleet.plane.kubectl("apply", "-f", "-", stdin=json.dumps(task))
     return name
-
-
-def status(fleet: Programs, name: str) -> dict[str, Any]:
-    task = json.loads(fleet.plane.kubectl("get", "agenttask", name, "-o", "json"))
-    return dict(task.get("status", {}))
-
-
-def rows(fleet: Programs, name: str) -> dict[str, dict[str, Any]]:
-    found = json.loads(fleet.plane.kubectl("get", "agenttaskreports", "-o", "json"))
-    return {
-        row["node"]: row
-        for report in found["items"]
-        if report["task"]["name"] == name
-        for row in report["nodes"]
-    }
 
 
 def ended(fleet: Programs, name: str, phase: str) -> dict[str, Any]:
