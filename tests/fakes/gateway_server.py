@@ -142,10 +142,10 @@ class FakeGateway(AgentServiceServicer):
         await self._tell()
 
     def _take(self, stream: FakeStream, message: pb.PackagedData) -> None:
-        if message.HasField("batch"):
+        for batch in message.batches:
             stream.kinds.append("batch")
-            self._take_batch(stream, message.batch)
-        elif message.HasField("run_report"):
+            self._take_batch(stream, batch)
+        if message.HasField("run_report"):
             report = message.run_report
             stream.kinds.append("complete" if report.complete else "changes")
             (stream.complete_reports if report.complete else stream.reports).append(report)

@@ -26,12 +26,12 @@ async def send_for_ever(running: RunningGateway, node: str, acknowledged: set[Na
             async with running.connect() as channel:
                 agent = await open_stream(channel, token, node)
                 for seq in sorted(waiting):
-                    await agent.send(PackagedData(batch=make_batch(seq, size=300)))
+                    await agent.send(PackagedData(batches=[make_batch(seq, size=300)]))
                 while True:
                     while len(waiting) < WINDOW:
                         last += 1
                         waiting[last] = True
-                        await agent.send(PackagedData(batch=make_batch(last, size=300)))
+                        await agent.send(PackagedData(batches=[make_batch(last, size=300)]))
                     for ack in (await agent.receive()).batch_acks:
                         for seq in range(ack.first, ack.last + 1):
                             waiting.pop(seq, None)

@@ -15,6 +15,8 @@ METADATA_BYTES: Final = 16 * KIB
 #: Largest payload of a Ping, bytes.
 PING_BYTES: Final = 1024
 
+#: Most batches in one message.
+BATCHES_PER_MESSAGE: Final = 256
 #: Most records in a batch.
 BATCH_RECORDS: Final = 10_000
 #: Largest compressed batch, bytes; leaves room for the rest of the message.
@@ -27,6 +29,8 @@ RECORD_BYTES: Final = 1 * MIB
 BATCH_HEAD_BYTES: Final = 4 * KIB
 #: Most different data types that a batch names.
 BATCH_DATA_TYPES: Final = 64
+#: Most groups of data types that are kept in batches of their own.
+DATA_TYPE_GROUPS: Final = 32
 
 #: Largest script, bytes.
 SCRIPT_BYTES: Final = 256 * KIB

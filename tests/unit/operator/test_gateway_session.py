@@ -11,7 +11,7 @@ from outrider_operator.core.identity import Identity, Role
 from outrider_operator.gateway.link import PENDING_REPORT_BYTES, LinkOutgoing
 from outrider_operator.gateway.outgoing import AckRanges, Outgoing, OutgoingFullError
 from outrider_operator.gateway.session import (
-    BatchCame,
+    BatchesCame,
     Event,
     HeartbeatCame,
     Opened,
@@ -49,7 +49,7 @@ def changed(**fields: object) -> PackagedData:
     batch.CopyFrom(BATCH)
     for name, value in fields.items():
         setattr(batch, name, value)
-    return PackagedData(batch=batch)
+    return PackagedData(batches=[batch])
 
 
 def padded(message: M, size: int) -> M:
@@ -106,7 +106,7 @@ def test_own_agent_id_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
-        (PackagedData(batch=BATCH), BatchCame),
+        (PackagedData(batches=[BATCH]), BatchesCame),
         (run(), RunsReported),
         (PackagedData(run_report=RunReport(complete=True)), RunsReported),
         (PackagedData(heartbeat=Heartbeat()), HeartbeatCame),
@@ -124,9 +124,9 @@ def test_content(message: PackagedData, kind: type[Event]) -> None:
         (HELLO, "INVALID_ARGUMENT", "SecondHello"),
         (PackagedData(), "INVALID_ARGUMENT", "Empty"),
         (PackagedData(records=[EncodedRecord()]), "INVALID_ARGUMENT", "PlainRecords"),
-        (PackagedData(heartbeat=Heartbeat(), batch=BATCH), "INVALID_ARGUMENT", "SeveralKinds"),
+        (PackagedData(heartbeat=Heartbeat(), batches=[BATCH]), "INVALID_ARGUMENT", "SeveralKinds"),
         (
-            PackagedData(agent_id="other", batch=BATCH),
+            PackagedData(agent_id="other", batches=[BATCH]),
             "PERMISSION_DENIED",
             "ForeignAgentId",
         ),
@@ -137,7 +137,7 @@ def test_content(message: PackagedData, kind: type[Event]) -> None:
         (changed(records=b"x" * (limits.BATCH_BYTES + 1)), "INVALID_ARGUMENT", "BadBatch"),
         (changed(decompressed_bytes=2**31), "INVALID_ARGUMENT", "BadBatch"),
         (
-            PackagedData(batch=padded(BATCH, limits.BATCH_HEAD_BYTES)),
+            PackagedData(batches=[padded(BATCH, limits.BATCH_HEAD_BYTES)]),
             "INVALID_ARGUMENT",
             "BadBatch",
         ),

@@ -69,7 +69,7 @@ async def assert_alive(running: RunningGateway) -> None:
     """A good agent is served: nothing that came before has ended the server."""
     async with running.connect() as channel:
         agent = await open_stream(channel, running.reviews.agent("good"), "good")
-        await agent.send(PackagedData(batch=make_batch(1)))
+        await agent.send(PackagedData(batches=[make_batch(1)]))
         assert (await agent.receive()).batch_acks[0].last == 1
         await agent.call.done_writing()
         assert await agent.code() == grpc.StatusCode.OK
@@ -308,7 +308,7 @@ class TestStreams:
         agent = await open_stream(channel, running.reviews.agent("node-1"), "node-1")
         running.sink.open.clear()
         for seq in (1, 2, 3):
-            await agent.send(PackagedData(batch=make_batch(seq)))
+            await agent.send(PackagedData(batches=[make_batch(seq)]))
         await eventually(lambda: running.sink.waiting == 3)
         # An answer to something sent later, and no acknowledgement with it.
         await agent.send(PackagedData(heartbeat=Heartbeat(unix_nanos=5)))
@@ -334,7 +334,7 @@ class TestStreams:
         second = await open_stream(channel, token, "node-1")
         assert await first.code() == grpc.StatusCode.ABORTED
         assert running.metric("streams") == 1
-        await second.send(PackagedData(batch=make_batch(1)))
+        await second.send(PackagedData(batches=[make_batch(1)]))
         assert (await second.receive()).batch_acks
         await eventually(lambda: running.metric("stream_ends_total", reason="Replaced") == 1)
 
@@ -419,7 +419,7 @@ class TestSinkAway:
                 node = f"node-{number}"
                 agents.append(await open_stream(channel, running.reviews.agent(node), node))
                 batch = make_batch(1, size=limits.RECORD_BYTES - 16 * limits.KIB)
-                await agents[-1].send(PackagedData(batch=batch))
+                await agents[-1].send(PackagedData(batches=[batch]))
             await eventually(lambda: running.metric("batches_total", result="let_go") == 4)
             assert 0 < running.metric("batches_inflight_bytes") <= limit
             # What is not records gets through meanwhile.
@@ -437,7 +437,7 @@ class TestSinkAway:
     ) -> None:
         running.sink.error = SinkUnavailableError("full")
         agent = await open_stream(channel, running.reviews.agent("n"), "n")
-        await agent.send(PackagedData(batch=make_batch(1)))
+        await agent.send(PackagedData(batches=[make_batch(1)]))
         await eventually(lambda: running.metric("batches_total", result="unavailable") >= 2)
         running.sink.error = None
         assert (await agent.receive()).batch_acks[0].last == 1
@@ -447,7 +447,7 @@ class TestSinkAway:
     ) -> None:
         running.sink.error = SinkRejectedError("too large")
         agent = await open_stream(channel, running.reviews.agent("n"), "n")
-        await agent.send(PackagedData(batch=make_batch(1)))
+        await agent.send(PackagedData(batches=[make_batch(1)]))
         await eventually(lambda: running.metric("batches_total", result="rejected") >= 1)
         await agent.send(PackagedData(heartbeat=Heartbeat(unix_nanos=5)))
         assert not (await agent.receive()).batch_acks
@@ -456,7 +456,7 @@ class TestSinkAway:
         running.sink.open.clear()
         async with running.connect() as channel:
             agent = await open_stream(channel, running.reviews.agent("n"), "n")
-            await agent.send(PackagedData(batch=make_batch(1)))
+            await agent.send(PackagedData(batches=[make_batch(1)]))
             await eventually(lambda: running.metric("batches_inflight_bytes") > 0)
         await eventually(lambda: running.metric("batches_inflight_bytes") == 0)
         await eventually(lambda: running.sink.waiting == 0)
@@ -524,7 +524,7 @@ class TestDrain:
     ) -> None:
         agent = await open_stream(channel, running.reviews.agent("n"), "n")
         running.sink.open.clear()
-        await agent.send(PackagedData(batch=make_batch(1)))
+        await agent.send(PackagedData(batches=[make_batch(1)]))
         await agent.call.done_writing()
         await eventually(lambda: running.sink.waiting == 1)
         for _ in range(3):  # on the same connection: the server has seen the end by then
@@ -618,7 +618,7 @@ class TestCertificate:
         write_pair(running.tls_folder, fresh.issue())
         async with connect(running.address, ca=fresh.pem, server_name=SERVER_NAME) as other:
             assert await ping(other, running.reviews.agent("n")) == "n"
-        await old.send(PackagedData(batch=make_batch(1)))
+        await old.send(PackagedData(batches=[make_batch(1)]))
         assert (await old.receive()).batch_acks
         assert running.metric("tls_certificate_loads_total", result="loaded") == 1
 

@@ -3,11 +3,13 @@
 Lets tasks and uplink work without knowing the store. Holds shapes only.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 from outrider_proto.v1 import agent_pb2 as pb
 
+from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
 
 
@@ -49,6 +51,7 @@ class Waiting:
     seq: int
     size: int
     batch: pb.RecordBatch
+    record_class: RecordClass = RecordClass.TELEMETRY
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,36 @@ class Outbox(Protocol):
         """What waits, as last known."""
         ...
 
+    @property
+    def last_seq(self) -> int:
+        """The highest number that a batch was given; 0 before the first."""
+        ...
+
     async def batches_after(
-        self, seq: int, limit: int, *, at_least_one: bool = False
+        self,
+        seq: int,
+        limit: int,
+        *,
+        upto: int | None = None,
+        classes: Collection[RecordClass] | None = None,
+        at_least_one: bool = False,
     ) -> list[Waiting]:
-        """The batches that follow `seq`, oldest first, at most `limit` bytes of them."""
+        """The batches that follow `seq`, oldest first, at most `limit` bytes of them.
+
+        Args:
+            seq: Those above this number.
+            limit: Most bytes altogether.
+            upto: Those up to this number only.
+            classes: Those of these classes only.
+            at_least_one: The first comes whatever its size.
+        """
+        ...
+
+    async def split_batch(self, epoch: int, seq: int, max_bytes: int) -> int:
+        """Put smaller batches with new numbers in a batch's place; how many, 0: nothing to split.
+
+        A batch of one record is left as it is. Records that were in it stay in their order.
+        """
         ...
 
     async def ack_batches(self, epoch: int, first: int, last: int) -> int:

@@ -210,7 +210,7 @@ class Stream:
         )
         for item in waiting:
             session.sent_batch(item.seq, item.size, time.monotonic())
-            await self._send(pb.PackagedData(batch=item.batch), Want.BATCHES)
+            await self._send(pb.PackagedData(batches=[item.batch]), Want.BATCHES)
             self._metrics.sent_records.inc(item.batch.count)
             self._traffic.sent_records += item.batch.count
             if self._closing or session.next(time.monotonic()) not in (Want.BATCHES, None):

@@ -3,10 +3,34 @@
 Only the contract: no sink is made here, and nothing is stored.
 """
 
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from outrider_proto.v1.agent_pb2 import RecordBatch
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What an agent says of its host; not to be trusted. One object for each stream.
+
+    Attributes:
+        intranet_ipv4: private addresses, joined by ","; the other three likewise.
+        hostname: of the host.
+        version: of the agent.
+        product: name of the agent program.
+    """
+
+    intranet_ipv4: str = ""
+    extranet_ipv4: str = ""
+    intranet_ipv6: str = ""
+    extranet_ipv6: str = ""
+    hostname: str = ""
+    version: str = ""
+    product: str = ""
+
+
+NO_ENVELOPE = Envelope()
 
 
 @dataclass(frozen=True)
@@ -17,11 +41,13 @@ class Origin:
         agent_id: UID of the Node; the key in Kafka.
         node: name of the node.
         received_unix_nanos: when the gateway took it, nanoseconds since the Unix epoch.
+        envelope: what the agent says of its host.
     """
 
     agent_id: str
     node: str
     received_unix_nanos: int
+    envelope: Envelope = NO_ENVELOPE
 
 
 class SinkError(Exception):
@@ -33,19 +59,53 @@ class SinkUnavailableError(SinkError):
 
 
 class SinkRejectedError(SinkError):
-    """Never to be stored, however often it is tried: too large for the sink, for one."""
+    """Never to be stored as it is, however often it is tried.
+
+    Attributes:
+        max_bytes: where the batch is too large: the most bytes of RecordBatch.records that would
+            do; 0 for every other reason.
+    """
+
+    def __init__(self, text: str, *, max_bytes: int = 0) -> None:
+        super().__init__(text)
+        self.max_bytes = max_bytes
 
 
 class Sink(Protocol):
     """Where record batches go. One object serves all streams of a process."""
 
-    async def store(self, origin: Origin, batch: RecordBatch) -> None:
-        """Store a batch and return once it is safe; may wait as long as the sink needs.
+    @property
+    def max_batch_bytes(self) -> int:
+        """Largest RecordBatch.records that is taken now, bytes: agents are told."""
+        ...
+
+    @property
+    def separate(self) -> Sequence[Sequence[int]]:
+        """Groups of data types that go to places of their own: agents are told."""
+        ...
+
+    def store(self, origin: Origin, batch: RecordBatch) -> Awaitable[None]:
+        """Store a batch; what is returned is done once it is safe, however long the sink needs.
+
+        Takes no time itself: there is one call for each batch, so that a task for each would be
+        what the process does most. What is returned has to be a Future of the running loop;
+        cancelling it does not take the batch back.
 
         Safe means: it is there after this process and, for what the sink promises, its machine
         or broker was killed. A batch may be stored twice, never not at all.
 
-        Raises:
+        Raises (when awaited):
             SinkUnavailableError: not stored, try again later.
             SinkRejectedError: not stored, and never will be.
         """
+        ...
+
+    async def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+        """Keep a batch that can never be stored where people find it, with the reason.
+
+        Whatever does not fit there either is cut, and said so; this never rejects.
+
+        Raises:
+            SinkUnavailableError: not done, try again later.
+        """
+        ...

@@ -32,6 +32,8 @@ ENTRIES: Final = {
     (5,): 64,
     (6,): 64,
     (16, 8): HELLO_RUN_KINDS,
+    (17,): limits.BATCHES_PER_MESSAGE,
+    (17, 7): limits.BATCHES_PER_MESSAGE * limits.BATCH_DATA_TYPES,
     (18, 1): limits.RUNS_PER_MESSAGE,
 }
 
@@ -44,10 +46,10 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class BatchCame:
-    """A batch to store; it keeps the limits, and was not opened."""
+class BatchesCame:
+    """Batches to store, in this order; they keep the limits, and were not opened."""
 
-    batch: RecordBatch
+    batches: list[RecordBatch]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Refused:
     message: str
 
 
-Event = Opened | BatchCame | RunsReported | HeartbeatCame | Refused
+Event = Opened | BatchesCame | RunsReported | HeartbeatCame | Refused
 
 
 class State(enum.Enum):
@@ -136,9 +138,9 @@ class SessionProtocol:
             return _invalid("Unparsable", "the message is no PackagedData")
         if message.agent_id and message.agent_id != self._identity.node_uid:
             return _denied("ForeignAgentId", "agent_id is not the one in the token")
-        kinds = [
-            name for name in ("hello", "batch", "run_report", "heartbeat") if message.HasField(name)
-        ]
+        kinds = [name for name in ("hello", "run_report", "heartbeat") if message.HasField(name)]
+        if message.batches:
+            kinds.append("batches")
         if len(kinds) > 1:
             return _invalid("SeveralKinds", f"a message holds one of {', '.join(kinds)}")
         if self.state is State.AWAITING_HELLO:
@@ -166,9 +168,8 @@ class SessionProtocol:
         return Opened(hello)
 
     def _content(self, message: PackagedData, kind: str) -> Event:
-        if kind == "batch":
-            problem = batches.check(message.batch)
-            return _invalid("BadBatch", problem) if problem else BatchCame(message.batch)
+        if kind == "batches":
+            return _batches(list(message.batches))
         if kind == "run_report":
             problem = check_report(message.run_report)
             return (
@@ -200,6 +201,18 @@ def check_report(report: RunReport) -> str | None:
                 f"a message {limits.RUN_MESSAGE_BYTES} bytes"
             )
     return None
+
+
+def _batches(came: list[RecordBatch]) -> Event:
+    if len(came) > limits.BATCHES_PER_MESSAGE:
+        return _invalid(
+            "TooManyBatches", f"{len(came)} batches; at most {limits.BATCHES_PER_MESSAGE} a message"
+        )
+    for batch in came:
+        problem = batches.check(batch)
+        if problem:
+            return _invalid("BadBatch", problem)
+    return BatchesCame(came)
 
 
 def _invalid(reason: str, message: str) -> Refused:

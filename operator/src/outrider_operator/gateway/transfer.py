@@ -34,7 +34,7 @@ from outrider_operator.gateway.hub import (
 from outrider_operator.gateway.intake import ByteBudget, Intake
 from outrider_operator.gateway.outgoing import Outgoing, OutgoingFullError
 from outrider_operator.gateway.session import (
-    BatchCame,
+    BatchesCame,
     Event,
     HeartbeatCame,
     Opened,
@@ -229,8 +229,9 @@ class AgentStream:
                 if isinstance(event, Refused):
                     self.end(self._refuse(event))
                     return
-                if isinstance(event, BatchCame):
-                    await self._take(event.batch, group)
+                if isinstance(event, BatchesCame):
+                    for batch in event.batches:
+                        await self._take(batch, group)
                 elif isinstance(event, RunsReported):
                     self._shared.hub.report(self, event.report)
                     await self._shared.hub.room(self.info.node)

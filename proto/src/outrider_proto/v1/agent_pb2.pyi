@@ -36,6 +36,8 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """Not compressed."""
     CODEC_ZSTD: _Codec.ValueType  # 2
     """One Zstandard frame that states its content size."""
+    CODEC_LZ4: _Codec.ValueType  # 3
+    """One LZ4 frame that states its content size."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
     """How RecordBatch.records is compressed."""
@@ -46,6 +48,8 @@ CODEC_NONE: Codec.ValueType  # 1
 """Not compressed."""
 CODEC_ZSTD: Codec.ValueType  # 2
 """One Zstandard frame that states its content size."""
+CODEC_LZ4: Codec.ValueType  # 3
+"""One LZ4 frame that states its content size."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 class _RunPhase:
@@ -95,6 +99,30 @@ RUN_PHASE_INTERRUPTED: RunPhase.ValueType  # 7
 RUN_PHASE_REJECTED: RunPhase.ValueType  # 8
 """Never begun: the agent's policy, its limits, or not_after refused it; see reason."""
 Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015
+
+class _RejectReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RejectReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RejectReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REJECT_REASON_UNSPECIFIED: _RejectReason.ValueType  # 0
+    """Not stated: the agent keeps the batch and logs it."""
+    REJECT_REASON_TOO_LARGE: _RejectReason.ValueType  # 1
+    """More bytes than the sink takes, and more than one record: to be sent again as smaller
+    batches, with numbers of their own.
+    """
+
+class RejectReason(_RejectReason, metaclass=_RejectReasonEnumTypeWrapper):
+    """Why a batch is not taken."""
+
+REJECT_REASON_UNSPECIFIED: RejectReason.ValueType  # 0
+"""Not stated: the agent keeps the batch and logs it."""
+REJECT_REASON_TOO_LARGE: RejectReason.ValueType  # 1
+"""More bytes than the sink takes, and more than one record: to be sent again as smaller
+batches, with numbers of their own.
+"""
+Global___RejectReason: _TypeAlias = RejectReason  # noqa: Y015
 
 class _Builtin:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -192,7 +220,7 @@ Global___PingResponse: _TypeAlias = PingResponse  # noqa: Y015
 
 @_typing.final
 class PackagedData(_message.Message):
-    """One message from agent to server. Exactly one of hello, batch, run_report and heartbeat is set,
+    """One message from agent to server. Exactly one of hello, batches, run_report and heartbeat is set,
     or none of them and `records` (the plain form of other agents).
     """
 
@@ -208,7 +236,7 @@ class PackagedData(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PRODUCT_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
-    BATCH_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
     RUN_REPORT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
@@ -244,8 +272,10 @@ class PackagedData(_message.Message):
         """First message of a stream, and only then."""
 
     @_builtins.property
-    def batch(self) -> Global___RecordBatch:
-        """A batch of records."""
+    def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordBatch]:
+        """Batches of records, in the order in which the agent sends them: several in one message, where
+        several wait, cost the server less. At most limits.BATCHES_PER_MESSAGE.
+        """
 
     @_builtins.property
     def run_report(self) -> Global___RunReport:
@@ -268,13 +298,13 @@ class PackagedData(_message.Message):
         version: _builtins.str = ...,
         product: _builtins.str = ...,
         hello: Global___Hello | None = ...,
-        batch: Global___RecordBatch | None = ...,
+        batches: _abc.Iterable[Global___RecordBatch] | None = ...,
         run_report: Global___RunReport | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "heartbeat", b"heartbeat", "hello", b"hello", "run_report", b"run_report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "run_report", b"run_report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batch", b"batch", "extranet_ipv4", b"extranet_ipv4", "extranet_ipv6", b"extranet_ipv6", "heartbeat", b"heartbeat", "hello", b"hello", "hostname", b"hostname", "intranet_ipv4", b"intranet_ipv4", "intranet_ipv6", b"intranet_ipv6", "product", b"product", "records", b"records", "run_report", b"run_report", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batches", b"batches", "extranet_ipv4", b"extranet_ipv4", "extranet_ipv6", b"extranet_ipv6", "heartbeat", b"heartbeat", "hello", b"hello", "hostname", b"hostname", "intranet_ipv4", b"intranet_ipv4", "intranet_ipv6", b"intranet_ipv6", "product", b"product", "records", b"records", "run_report", b"run_report", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -665,6 +695,8 @@ class Command(_message.Message):
     REPORT_RUNS_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    SLOW_DOWN_FIELD_NUMBER: _builtins.int
+    BATCH_REJECTS_FIELD_NUMBER: _builtins.int
     report_runs: _builtins.bool
     """The agent is to send a complete RunReport (a leader is new and asks)."""
     @_builtins.property
@@ -705,6 +737,14 @@ class Command(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Answers the first Heartbeat that was not answered yet."""
 
+    @_builtins.property
+    def slow_down(self) -> Global___SlowDown:
+        """No batches for a while, please; everything else may come. A later one replaces an earlier one."""
+
+    @_builtins.property
+    def batch_rejects(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchReject]:
+        """Batches that the sink never takes as they are."""
+
     def __init__(
         self,
         *,
@@ -718,10 +758,12 @@ class Command(_message.Message):
         report_runs: _builtins.bool = ...,
         drain: Global___Drain | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        slow_down: Global___SlowDown | None = ...,
+        batch_rejects: _abc.Iterable[Global___BatchReject] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "heartbeat", b"heartbeat", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "heartbeat", b"heartbeat", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_acks", b"batch_acks", "cancels", b"cancels", "configs", b"configs", "drain", b"drain", "heartbeat", b"heartbeat", "report_runs", b"report_runs", "run_acks", b"run_acks", "runs", b"runs", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_acks", b"batch_acks", "batch_rejects", b"batch_rejects", "cancels", b"cancels", "configs", b"configs", "drain", b"drain", "heartbeat", b"heartbeat", "report_runs", b"report_runs", "run_acks", b"run_acks", "runs", b"runs", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -820,6 +862,9 @@ class Welcome(_message.Message):
     AGENT_ID_FIELD_NUMBER: _builtins.int
     EXPIRES_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
+    WINDOW_BATCHES_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_BYTES_FIELD_NUMBER: _builtins.int
+    SEPARATE_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     """Name of the server replica."""
     version: _builtins.str
@@ -832,6 +877,16 @@ class Welcome(_message.Message):
     """
     window_bytes: _builtins.int
     """Most bytes of batches the agent may have sent without acknowledgement."""
+    window_batches: _builtins.int
+    """Most batches the agent may have sent without acknowledgement; 0: not stated."""
+    max_batch_bytes: _builtins.int
+    """Largest RecordBatch.records that the sink takes, bytes; 0: limits.BATCH_BYTES."""
+    @_builtins.property
+    def separate(self) -> _containers.RepeatedCompositeFieldContainer[Global___DataTypes]:
+        """Data types that the sink has places of their own for: a batch should hold types of one group
+        only (those in no group are one as well), because it is never opened on the way.
+        """
+
     def __init__(
         self,
         *,
@@ -840,14 +895,101 @@ class Welcome(_message.Message):
         agent_id: _builtins.str = ...,
         expires_unix_nanos: _builtins.int = ...,
         window_bytes: _builtins.int = ...,
+        window_batches: _builtins.int = ...,
+        max_batch_bytes: _builtins.int = ...,
+        separate: _abc.Iterable[Global___DataTypes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "expires_unix_nanos", b"expires_unix_nanos", "server", b"server", "version", b"version", "window_bytes", b"window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "expires_unix_nanos", b"expires_unix_nanos", "max_batch_bytes", b"max_batch_bytes", "separate", b"separate", "server", b"server", "version", b"version", "window_batches", b"window_batches", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class DataTypes(_message.Message):
+    """A group of data types."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_TYPES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def data_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The types; a type is in one group at most. At most limits.BATCH_DATA_TYPES."""
+
+    def __init__(
+        self,
+        *,
+        data_types: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_types", b"data_types"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataTypes: _TypeAlias = DataTypes  # noqa: Y015
+
+@_typing.final
+class SlowDown(_message.Message):
+    """The agent has sent more than its share, or the server has no room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MILLIS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    millis: _builtins.int
+    """No batches for so long from now on, milliseconds; 0: they may come again."""
+    reason: _builtins.str
+    """Why, for the log."""
+    def __init__(
+        self,
+        *,
+        millis: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["millis", b"millis", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlowDown: _TypeAlias = SlowDown  # noqa: Y015
+
+@_typing.final
+class BatchReject(_message.Message):
+    """A batch that the sink never takes as it is. The agent stops counting it as in flight."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """As in RecordBatch."""
+    seq: _builtins.int
+    """As in RecordBatch."""
+    reason: Global___RejectReason.ValueType
+    """Why."""
+    max_bytes: _builtins.int
+    """TOO_LARGE: the largest RecordBatch.records that would be taken, bytes."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        reason: Global___RejectReason.ValueType = ...,
+        max_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_bytes", b"max_bytes", "reason", b"reason", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchReject: _TypeAlias = BatchReject  # noqa: Y015
 
 @_typing.final
 class BatchAck(_message.Message):
