@@ -29,6 +29,17 @@ TASK_OUTPUT: Final = 5100
 HOST_METRICS: Final = 20000
 #: Something that happened to the agent itself, such as records dropped.
 AGENT_EVENT: Final = 20001
+# What there is on a host, whole or as what changed; docs/records.md tells the fields.
+#: Installed packages.
+INVENTORY_PACKAGES: Final = 20002
+#: Users and groups.
+INVENTORY_ACCOUNTS: Final = 20003
+#: Listening ports.
+INVENTORY_PORTS: Final = 20004
+#: Mounted file systems.
+INVENTORY_MOUNTS: Final = 20005
+#: Loaded kernel modules.
+INVENTORY_MODULES: Final = 20006
 
 #: Names of the data types, for people.
 NAMES: Final[Mapping[int, str]] = {
@@ -38,6 +49,11 @@ NAMES: Final[Mapping[int, str]] = {
     TASK_OUTPUT: "task output",
     HOST_METRICS: "host metrics",
     AGENT_EVENT: "agent event",
+    INVENTORY_PACKAGES: "packages",
+    INVENTORY_ACCOUNTS: "users and groups",
+    INVENTORY_PORTS: "listening ports",
+    INVENTORY_MOUNTS: "mounts",
+    INVENTORY_MODULES: "kernel modules",
 }
 
 # Headers of a Kafka message, all as ASCII text.
