@@ -57,3 +57,12 @@ RUN_REPORT_BYTES: Final = MESSAGE_BYTES - 512 * KIB
 HELLO_BYTES: Final = 1 * KIB
 #: Longest name of a node (a DNS subdomain), bytes.
 NODE_NAME_BYTES: Final = 253
+
+#: Largest effective configuration of an agent as JSON, bytes: 64 plug-ins with their settings.
+CONFIG_BYTES: Final = 2 * MIB
+#: Longest text in a ConfigReport, bytes.
+CONFIG_MESSAGE_BYTES: Final = 1024
+#: Largest ConfigReport, bytes.
+CONFIG_REPORT_BYTES: Final = 256 * KIB
+#: Most plug-ins of an agent.
+PLUGINS: Final = 64

@@ -52,6 +52,74 @@ CODEC_LZ4: Codec.ValueType  # 3
 """One LZ4 frame that states its content size."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
+class _ConfigPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConfigPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConfigPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONFIG_PHASE_UNSPECIFIED: _ConfigPhase.ValueType  # 0
+    """Never sent."""
+    CONFIG_PHASE_NONE: _ConfigPhase.ValueType  # 1
+    """It runs with its own settings only; no server ever gave it a configuration."""
+    CONFIG_PHASE_APPLYING: _ConfigPhase.ValueType  # 2
+    """It was taken and is being put into force."""
+    CONFIG_PHASE_APPLIED: _ConfigPhase.ValueType  # 3
+    """It is in force, whole."""
+    CONFIG_PHASE_FAILED: _ConfigPhase.ValueType  # 4
+    """It was refused, or could not be put into force; what was before is in force still."""
+
+class ConfigPhase(_ConfigPhase, metaclass=_ConfigPhaseEnumTypeWrapper):
+    """How an agent stands to its configuration."""
+
+CONFIG_PHASE_UNSPECIFIED: ConfigPhase.ValueType  # 0
+"""Never sent."""
+CONFIG_PHASE_NONE: ConfigPhase.ValueType  # 1
+"""It runs with its own settings only; no server ever gave it a configuration."""
+CONFIG_PHASE_APPLYING: ConfigPhase.ValueType  # 2
+"""It was taken and is being put into force."""
+CONFIG_PHASE_APPLIED: ConfigPhase.ValueType  # 3
+"""It is in force, whole."""
+CONFIG_PHASE_FAILED: ConfigPhase.ValueType  # 4
+"""It was refused, or could not be put into force; what was before is in force still."""
+Global___ConfigPhase: _TypeAlias = ConfigPhase  # noqa: Y015
+
+class _PluginPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PluginPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PluginPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLUGIN_PHASE_UNSPECIFIED: _PluginPhase.ValueType  # 0
+    """Never sent."""
+    PLUGIN_PHASE_FETCHING: _PluginPhase.ValueType  # 1
+    """Its executable is being fetched and checked."""
+    PLUGIN_PHASE_RUNNING: _PluginPhase.ValueType  # 2
+    """It runs."""
+    PLUGIN_PHASE_BACKING_OFF: _PluginPhase.ValueType  # 3
+    """It ended and is started again after a while."""
+    PLUGIN_PHASE_FAILED: _PluginPhase.ValueType  # 4
+    """It could not be fetched, checked or started, or ended too often."""
+    PLUGIN_PHASE_STOPPING: _PluginPhase.ValueType  # 5
+    """It is being ended."""
+
+class PluginPhase(_PluginPhase, metaclass=_PluginPhaseEnumTypeWrapper):
+    """How a plug-in stands."""
+
+PLUGIN_PHASE_UNSPECIFIED: PluginPhase.ValueType  # 0
+"""Never sent."""
+PLUGIN_PHASE_FETCHING: PluginPhase.ValueType  # 1
+"""Its executable is being fetched and checked."""
+PLUGIN_PHASE_RUNNING: PluginPhase.ValueType  # 2
+"""It runs."""
+PLUGIN_PHASE_BACKING_OFF: PluginPhase.ValueType  # 3
+"""It ended and is started again after a while."""
+PLUGIN_PHASE_FAILED: PluginPhase.ValueType  # 4
+"""It could not be fetched, checked or started, or ended too often."""
+PLUGIN_PHASE_STOPPING: PluginPhase.ValueType  # 5
+"""It is being ended."""
+Global___PluginPhase: _TypeAlias = PluginPhase  # noqa: Y015
+
 class _RunPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -220,7 +288,8 @@ Global___PingResponse: _TypeAlias = PingResponse  # noqa: Y015
 
 @_typing.final
 class PackagedData(_message.Message):
-    """One message from agent to server. Exactly one of hello, batches, run_report and heartbeat is set,
+    """One message from agent to server. Exactly one of hello, batches, run_report, heartbeat and
+    config_report is set,
     or none of them and `records` (the plain form of other agents).
     """
 
@@ -239,6 +308,7 @@ class PackagedData(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     RUN_REPORT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    CONFIG_REPORT_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The sender's own idea of who it is; used only to refuse it when it differs from its token."""
     hostname: _builtins.str
@@ -285,6 +355,10 @@ class PackagedData(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Sign of life when nothing else is sent."""
 
+    @_builtins.property
+    def config_report(self) -> Global___ConfigReport:
+        """How the agent stands to its configuration: once after the hello, then on every change."""
+
     def __init__(
         self,
         *,
@@ -301,10 +375,11 @@ class PackagedData(_message.Message):
         batches: _abc.Iterable[Global___RecordBatch] | None = ...,
         run_report: Global___RunReport | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        config_report: Global___ConfigReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "run_report", b"run_report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config_report", b"config_report", "heartbeat", b"heartbeat", "hello", b"hello", "run_report", b"run_report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batches", b"batches", "extranet_ipv4", b"extranet_ipv4", "extranet_ipv6", b"extranet_ipv6", "heartbeat", b"heartbeat", "hello", b"hello", "hostname", b"hostname", "intranet_ipv4", b"intranet_ipv4", "intranet_ipv6", b"intranet_ipv6", "product", b"product", "records", b"records", "run_report", b"run_report", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batches", b"batches", "config_report", b"config_report", "extranet_ipv4", b"extranet_ipv4", "extranet_ipv6", b"extranet_ipv6", "heartbeat", b"heartbeat", "hello", b"hello", "hostname", b"hostname", "intranet_ipv4", b"intranet_ipv4", "intranet_ipv6", b"intranet_ipv6", "product", b"product", "records", b"records", "run_report", b"run_report", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,6 +597,100 @@ class Hello(_message.Message):
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
+class PluginState(_message.Message):
+    """One plug-in of an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    version: _builtins.str
+    """The version that is in force."""
+    phase: Global___PluginPhase.ValueType
+    """How it stands."""
+    reason: _builtins.str
+    """CamelCase word for why, empty while all is well."""
+    message: _builtins.str
+    """A sentence for people; at most limits.CONFIG_MESSAGE_BYTES."""
+    restarts: _builtins.int
+    """How often it was started again since its configuration came."""
+    healthy: _builtins.bool
+    """Whether it counts as well for a rollout: it has run for a while without ending."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        phase: Global___PluginPhase.ValueType = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        restarts: _builtins.int = ...,
+        healthy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["healthy", b"healthy", "message", b"message", "name", b"name", "phase", b"phase", "reason", b"reason", "restarts", b"restarts", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PluginState: _TypeAlias = PluginState  # noqa: Y015
+
+@_typing.final
+class ConfigReport(_message.Message):
+    """How an agent stands to its configuration; replaces every earlier one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    TRIED_HASH_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PLUGINS_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    hash: _builtins.str
+    """Hash of the configuration in force; empty: none."""
+    tried_hash: _builtins.str
+    """Hash of the configuration that the phase is about: the one in force, or the one being tried."""
+    phase: Global___ConfigPhase.ValueType
+    """How it stands."""
+    message: _builtins.str
+    """Why it failed; a sentence for people, at most limits.CONFIG_MESSAGE_BYTES."""
+    @_builtins.property
+    def plugins(self) -> _containers.RepeatedCompositeFieldContainer[Global___PluginState]:
+        """All plug-ins, by name; at most limits.PLUGINS."""
+
+    @_builtins.property
+    def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What differs from the configuration in force (a file changed by hand, a listener that cannot
+        listen): sentences for people, at most 16 of at most limits.CONFIG_MESSAGE_BYTES.
+        """
+
+    def __init__(
+        self,
+        *,
+        hash: _builtins.str = ...,
+        tried_hash: _builtins.str = ...,
+        phase: Global___ConfigPhase.ValueType = ...,
+        message: _builtins.str = ...,
+        plugins: _abc.Iterable[Global___PluginState] | None = ...,
+        drift: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift", "hash", b"hash", "message", b"message", "phase", b"phase", "plugins", b"plugins", "tried_hash", b"tried_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigReport: _TypeAlias = ConfigReport  # noqa: Y015
+
+@_typing.final
 class Heartbeat(_message.Message):
     """Sign of life; sent when nothing else was for a while."""
 
@@ -697,6 +866,7 @@ class Command(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     SLOW_DOWN_FIELD_NUMBER: _builtins.int
     BATCH_REJECTS_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
     report_runs: _builtins.bool
     """The agent is to send a complete RunReport (a leader is new and asks)."""
     @_builtins.property
@@ -745,6 +915,10 @@ class Command(_message.Message):
     def batch_rejects(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchReject]:
         """Batches that the sink never takes as they are."""
 
+    @_builtins.property
+    def config(self) -> Global___EffectiveConfig:
+        """The configuration the agent is to have."""
+
     def __init__(
         self,
         *,
@@ -760,14 +934,43 @@ class Command(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         slow_down: Global___SlowDown | None = ...,
         batch_rejects: _abc.Iterable[Global___BatchReject] | None = ...,
+        config: Global___EffectiveConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "heartbeat", b"heartbeat", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "drain", b"drain", "heartbeat", b"heartbeat", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_acks", b"batch_acks", "batch_rejects", b"batch_rejects", "cancels", b"cancels", "configs", b"configs", "drain", b"drain", "heartbeat", b"heartbeat", "report_runs", b"report_runs", "run_acks", b"run_acks", "runs", b"runs", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_acks", b"batch_acks", "batch_rejects", b"batch_rejects", "cancels", b"cancels", "config", b"config", "configs", b"configs", "drain", b"drain", "heartbeat", b"heartbeat", "report_runs", b"report_runs", "run_acks", b"run_acks", "runs", b"runs", "slow_down", b"slow_down", "task", b"task", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Command: _TypeAlias = Command  # noqa: Y015
+
+@_typing.final
+class EffectiveConfig(_message.Message):
+    """What all AgentConfigs together ask of one agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    hash: _builtins.str
+    """SHA-256 of `content` as hex digits: the agent refuses what does not match."""
+    content: _builtins.bytes
+    """The configuration as JSON (UTF-8), in the one form that effective.py gives it; at most
+    limits.CONFIG_BYTES. "{}" asks for nothing.
+    """
+    def __init__(
+        self,
+        *,
+        hash: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "hash", b"hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EffectiveConfig: _TypeAlias = EffectiveConfig  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
@@ -1053,6 +1256,7 @@ class RunCommand(_message.Message):
     COMMAND_FIELD_NUMBER: _builtins.int
     SCRIPT_FIELD_NUMBER: _builtins.int
     BUILTIN_FIELD_NUMBER: _builtins.int
+    PLUGIN_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
@@ -1094,6 +1298,10 @@ class RunCommand(_message.Message):
         """A script for an interpreter."""
 
     @_builtins.property
+    def plugin(self) -> Global___PluginTask:
+        """A task for a plug-in."""
+
+    @_builtins.property
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Added to the agent's (small) environment for runs."""
 
@@ -1106,6 +1314,7 @@ class RunCommand(_message.Message):
         command: Global___Exec | None = ...,
         script: Global___Script | None = ...,
         builtin: Global___Builtin.ValueType = ...,
+        plugin: Global___PluginTask | None = ...,
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         timeout_seconds: _builtins.int = ...,
         preview_bytes: _builtins.int = ...,
@@ -1114,11 +1323,11 @@ class RunCommand(_message.Message):
         host: _builtins.bool = ...,
         user: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "id", b"id", "run", b"run", "script", b"script"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "id", b"id", "plugin", b"plugin", "run", b"run", "script", b"script"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "env", b"env", "host", b"host", "id", b"id", "max_output_bytes", b"max_output_bytes", "name", b"name", "namespace", b"namespace", "not_after_unix_nanos", b"not_after_unix_nanos", "preview_bytes", b"preview_bytes", "run", b"run", "script", b"script", "timeout_seconds", b"timeout_seconds", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "command", b"command", "env", b"env", "host", b"host", "id", b"id", "max_output_bytes", b"max_output_bytes", "name", b"name", "namespace", b"namespace", "not_after_unix_nanos", b"not_after_unix_nanos", "plugin", b"plugin", "preview_bytes", b"preview_bytes", "run", b"run", "script", b"script", "timeout_seconds", b"timeout_seconds", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_run: _TypeAlias = _typing.Literal["command", "script", "builtin"]  # noqa: Y015
+    _WhichOneofReturnType_run: _TypeAlias = _typing.Literal["command", "script", "builtin", "plugin"]  # noqa: Y015
     _WhichOneofArgType_run: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_run) -> _WhichOneofReturnType_run | None: ...
 
@@ -1175,6 +1384,38 @@ class Script(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Script: _TypeAlias = Script  # noqa: Y015
+
+@_typing.final
+class PluginTask(_message.Message):
+    """A task for a plug-in, which the agent hands to it as a Task with a token of its own making. The run
+    ends with the plug-in's answer: a record that has the token in its field "token".
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_TYPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the plug-in."""
+    data_type: _builtins.int
+    """Task.data_type."""
+    data: _builtins.str
+    """Task.data; at most limits.SCRIPT_BYTES."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data_type: _builtins.int = ...,
+        data: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_type", b"data_type", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PluginTask: _TypeAlias = PluginTask  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):

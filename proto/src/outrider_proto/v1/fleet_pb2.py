@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from outrider_proto.v1 import agent_pb2 as outrider__proto_dot_v1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doutrider_proto/v1/fleet.proto\x12\x0boutrider.v1\x1a\x1doutrider_proto/v1/agent.proto\"b\n\x0bLinkRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.outrider.v1.LeaderHello\x12*\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x18.outrider.v1.NodeCommand\",\n\x0bLeaderHello\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\"B\n\x0bNodeCommand\x12\x0c\n\x04node\x18\x01 \x01(\t\x12%\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x14.outrider.v1.Command\"\xba\x01\n\x0cLinkResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x19.outrider.v1.GatewayHello\x12)\n\x06joined\x18\x02 \x03(\x0b\x32\x19.outrider.v1.AgentSession\x12$\n\x04left\x18\x03 \x03(\x0b\x32\x16.outrider.v1.AgentLeft\x12/\n\x0brun_reports\x18\x04 \x03(\x0b\x32\x1a.outrider.v1.NodeRunReport\"0\n\x0cGatewayHello\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x80\x01\n\x0c\x41gentSession\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08node_uid\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x0f\n\x07session\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12!\n\x05hello\x18\x06 \x01(\x0b\x32\x12.outrider.v1.Hello\":\n\tAgentLeft\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"V\n\rNodeRunReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12&\n\x06report\x18\x03 \x01(\x0b\x32\x16.outrider.v1.RunReport2O\n\x0c\x46leetService\x12?\n\x04Link\x12\x18.outrider.v1.LinkRequest\x1a\x19.outrider.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doutrider_proto/v1/fleet.proto\x12\x0boutrider.v1\x1a\x1doutrider_proto/v1/agent.proto\"b\n\x0bLinkRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.outrider.v1.LeaderHello\x12*\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x18.outrider.v1.NodeCommand\",\n\x0bLeaderHello\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\"B\n\x0bNodeCommand\x12\x0c\n\x04node\x18\x01 \x01(\t\x12%\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x14.outrider.v1.Command\"\xf1\x01\n\x0cLinkResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x19.outrider.v1.GatewayHello\x12)\n\x06joined\x18\x02 \x03(\x0b\x32\x19.outrider.v1.AgentSession\x12$\n\x04left\x18\x03 \x03(\x0b\x32\x16.outrider.v1.AgentLeft\x12/\n\x0brun_reports\x18\x04 \x03(\x0b\x32\x1a.outrider.v1.NodeRunReport\x12\x35\n\x0e\x63onfig_reports\x18\x05 \x03(\x0b\x32\x1d.outrider.v1.NodeConfigReport\"0\n\x0cGatewayHello\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x80\x01\n\x0c\x41gentSession\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08node_uid\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x0f\n\x07session\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12!\n\x05hello\x18\x06 \x01(\x0b\x32\x12.outrider.v1.Hello\":\n\tAgentLeft\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"V\n\rNodeRunReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12&\n\x06report\x18\x03 \x01(\x0b\x32\x16.outrider.v1.RunReport\"\\\n\x10NodeConfigReport\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\x12)\n\x06report\x18\x03 \x01(\x0b\x32\x19.outrider.v1.ConfigReport2O\n\x0c\x46leetService\x12?\n\x04Link\x12\x18.outrider.v1.LinkRequest\x1a\x19.outrider.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,15 +39,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODECOMMAND']._serialized_start=223
   _globals['_NODECOMMAND']._serialized_end=289
   _globals['_LINKRESPONSE']._serialized_start=292
-  _globals['_LINKRESPONSE']._serialized_end=478
-  _globals['_GATEWAYHELLO']._serialized_start=480
-  _globals['_GATEWAYHELLO']._serialized_end=528
-  _globals['_AGENTSESSION']._serialized_start=531
-  _globals['_AGENTSESSION']._serialized_end=659
-  _globals['_AGENTLEFT']._serialized_start=661
-  _globals['_AGENTLEFT']._serialized_end=719
-  _globals['_NODERUNREPORT']._serialized_start=721
-  _globals['_NODERUNREPORT']._serialized_end=807
-  _globals['_FLEETSERVICE']._serialized_start=809
-  _globals['_FLEETSERVICE']._serialized_end=888
+  _globals['_LINKRESPONSE']._serialized_end=533
+  _globals['_GATEWAYHELLO']._serialized_start=535
+  _globals['_GATEWAYHELLO']._serialized_end=583
+  _globals['_AGENTSESSION']._serialized_start=586
+  _globals['_AGENTSESSION']._serialized_end=714
+  _globals['_AGENTLEFT']._serialized_start=716
+  _globals['_AGENTLEFT']._serialized_end=774
+  _globals['_NODERUNREPORT']._serialized_start=776
+  _globals['_NODERUNREPORT']._serialized_end=862
+  _globals['_NODECONFIGREPORT']._serialized_start=864
+  _globals['_NODECONFIGREPORT']._serialized_end=956
+  _globals['_FLEETSERVICE']._serialized_start=958
+  _globals['_FLEETSERVICE']._serialized_end=1037
 # @@protoc_insertion_point(module_scope)

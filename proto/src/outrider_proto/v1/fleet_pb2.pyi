@@ -87,7 +87,7 @@ class NodeCommand(_message.Message):
     """Name of the node."""
     @_builtins.property
     def command(self) -> _agent_pb2.Command:
-        """What to send; only runs, cancels, run_acks and report_runs are passed on."""
+        """What to send; only runs, cancels, run_acks, report_runs and config are passed on."""
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class LinkResponse(_message.Message):
     JOINED_FIELD_NUMBER: _builtins.int
     LEFT_FIELD_NUMBER: _builtins.int
     RUN_REPORTS_FIELD_NUMBER: _builtins.int
+    CONFIG_REPORTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___GatewayHello:
         """First message, and only then."""
@@ -129,6 +130,10 @@ class LinkResponse(_message.Message):
     def run_reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRunReport]:
         """States of runs that agents reported."""
 
+    @_builtins.property
+    def config_reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeConfigReport]:
+        """How agents stand to their configuration: the newest report of each, also when the link opens."""
+
     def __init__(
         self,
         *,
@@ -136,10 +141,11 @@ class LinkResponse(_message.Message):
         joined: _abc.Iterable[Global___AgentSession] | None = ...,
         left: _abc.Iterable[Global___AgentLeft] | None = ...,
         run_reports: _abc.Iterable[Global___NodeRunReport] | None = ...,
+        config_reports: _abc.Iterable[Global___NodeConfigReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "joined", b"joined", "left", b"left", "run_reports", b"run_reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_reports", b"config_reports", "hello", b"hello", "joined", b"joined", "left", b"left", "run_reports", b"run_reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,3 +286,35 @@ class NodeRunReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeRunReport: _TypeAlias = NodeRunReport  # noqa: Y015
+
+@_typing.final
+class NodeConfigReport(_message.Message):
+    """How one agent stands to its configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node, from the token."""
+    session: _builtins.int
+    """The session it came in."""
+    @_builtins.property
+    def report(self) -> _agent_pb2.ConfigReport:
+        """What the agent reported."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        session: _builtins.int = ...,
+        report: _agent_pb2.ConfigReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "report", b"report", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeConfigReport: _TypeAlias = NodeConfigReport  # noqa: Y015

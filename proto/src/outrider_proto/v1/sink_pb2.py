@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from outrider_proto.v1 import agent_pb2 as outrider__proto_dot_v1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coutrider_proto/v1/sink.proto\x12\x0boutrider.v1\x1a\x1doutrider_proto/v1/agent.proto\"\xf1\x01\n\x06MQData\x12\x11\n\tdata_type\x18\x01 \x01(\x05\x12\x12\n\nagent_time\x18\x02 \x01(\x03\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x15\n\rintranet_ipv4\x18\x05 \x01(\t\x12\x15\n\rextranet_ipv4\x18\x06 \x01(\t\x12\x15\n\rintranet_ipv6\x18\x07 \x01(\t\x12\x15\n\rextranet_ipv6\x18\x08 \x01(\t\x12\x10\n\x08hostname\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x0f\n\x07product\x18\x0b \x01(\t\x12\x10\n\x08svr_time\x18\x0c \x01(\x03\"q\n\x0bStoredBatch\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x19\n\x11server_unix_nanos\x18\x03 \x01(\x03\x12\'\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x18.outrider.v1.RecordBatchb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coutrider_proto/v1/sink.proto\x12\x0boutrider.v1\x1a\x1doutrider_proto/v1/agent.proto\"\xf1\x01\n\x06MQData\x12\x11\n\tdata_type\x18\x01 \x01(\x05\x12\x12\n\nagent_time\x18\x02 \x01(\x03\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x15\n\rintranet_ipv4\x18\x05 \x01(\t\x12\x15\n\rextranet_ipv4\x18\x06 \x01(\t\x12\x15\n\rintranet_ipv6\x18\x07 \x01(\t\x12\x15\n\rextranet_ipv6\x18\x08 \x01(\t\x12\x10\n\x08hostname\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x0f\n\x07product\x18\x0b \x01(\t\x12\x10\n\x08svr_time\x18\x0c \x01(\x03\"\x81\x01\n\x0bStoredBatch\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x19\n\x11server_unix_nanos\x18\x03 \x01(\x03\x12\'\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x18.outrider.v1.RecordBatch\x12\x0e\n\x06reason\x18\x05 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MQDATA']._serialized_start=77
   _globals['_MQDATA']._serialized_end=318
-  _globals['_STOREDBATCH']._serialized_start=320
-  _globals['_STOREDBATCH']._serialized_end=433
+  _globals['_STOREDBATCH']._serialized_start=321
+  _globals['_STOREDBATCH']._serialized_end=450
 # @@protoc_insertion_point(module_scope)

@@ -85,7 +85,9 @@ Global___MQData: _TypeAlias = MQData  # noqa: Y015
 
 @_typing.final
 class StoredBatch(_message.Message):
-    """A batch as the file sink keeps it. A file is a row of these, each behind its length as a varint."""
+    """A batch as the file sink keeps it. A file is a row of these, each behind its length as a varint;
+    the row is cut into Zstandard frames where the sink compresses.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -93,12 +95,15 @@ class StoredBatch(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     SERVER_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """Id of the agent: the UID of its Node."""
     node: _builtins.str
     """Name of the agent's node."""
     server_unix_nanos: _builtins.int
     """When the server took it, nanoseconds since the Unix epoch."""
+    reason: _builtins.str
+    """Why it was set aside instead of being stored as any other; empty for all others."""
     @_builtins.property
     def batch(self) -> _agent_pb2.RecordBatch:
         """The batch as the agent made it."""
@@ -110,10 +115,11 @@ class StoredBatch(_message.Message):
         node: _builtins.str = ...,
         server_unix_nanos: _builtins.int = ...,
         batch: _agent_pb2.RecordBatch | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batch", b"batch", "node", b"node", "server_unix_nanos", b"server_unix_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "batch", b"batch", "node", b"node", "reason", b"reason", "server_unix_nanos", b"server_unix_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
