@@ -129,8 +129,7 @@ class KafkaBroker:
         self._processes = Supervised.start(self._folder)
         try:
             self._port, controller = free_port(HOST), free_port(HOST)
-            data = self._folder / "data"
-            self._settings.write_text(properties(data, self.bootstrap, self.bootstrap, controller))
+            self._settings.write_text(self._properties(controller))
             command = format_command(self._jars, self._settings)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -140,6 +139,11 @@ class KafkaBroker:
             self.stop()
             raise
         return self
+
+    def _properties(self, controller_port: int) -> str:
+        """What stands in server.properties; a line that comes later replaces an earlier one."""
+        data = self._folder / "data"
+        return properties(data, self.bootstrap, self.bootstrap, controller_port)
 
     def resume(self) -> None:
         """Start the broker again after `kill` or `terminate`, on the same port and data.
