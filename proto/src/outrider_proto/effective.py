@@ -155,8 +155,10 @@ _DECODER: Final = msgspec.json.Decoder(Effective)
 
 def _without_empty(value: Any) -> Any:
     """A part nobody asks anything of is left out, so that a new one changes no hash."""
+    if isinstance(value, list | tuple):
+        return [_without_empty(item) for item in value]
     if not isinstance(value, dict):
-        return [_without_empty(item) for item in value] if isinstance(value, list) else value
+        return value
     kept = ((key, _without_empty(item)) for key, item in value.items())
     return {key: item for key, item in kept if item != {}}
 
