@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from outrider_proto import batches
-from outrider_proto.records import TASK_OUTPUT, Decoded, decode_stored, fields_of, read_stored
+from outrider_proto.records import TASK_OUTPUT, Decoded, decode_stored, fields_of
+from outrider_proto.stored import files_in, read_stored
 
-#: Files of the file sink end so.
-SUFFIX: Final = ".records"
 #: A file that was last written so long before a run began holds nothing of it, seconds: more than
 #: the clocks of two machines differ by.
 CLOCK_SLACK_SECONDS: Final = 900.0
@@ -165,7 +164,7 @@ def read_directory(folder: Path, wanted: Wanted, problems: list[str]) -> Iterato
     Raises:
         OSError: The folder cannot be read.
     """
-    for path in sorted(path for path in folder.iterdir() if path.suffix == SUFFIX):
+    for path in files_in(folder):
         try:
             if path.stat().st_mtime >= wanted.not_before:
                 yield from _read_file(path, wanted)

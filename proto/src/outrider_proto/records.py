@@ -1,5 +1,9 @@
 """What records there are, and how to read them back from Kafka messages and from files.
 
+For a consumer of its own: `decode_message` opens what is in Kafka in either form, `read_stored`
+and `decode_stored` what is in files, `first_seen` drops repeats, `fields_of` has what a record
+says. docs/records.md has an example. Knows no broker, and reads files that it is given.
+
 python -m outrider_proto.records FILE...     prints the records of the file sink as JSON lines
 """
 
@@ -7,13 +11,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from outrider_proto import batches, limits
+from outrider_proto import batches
+from outrider_proto.repeats import Repeats
+from outrider_proto.stored import frame as frame  # noqa: PLC0414 - part of this API
+from outrider_proto.stored import read_stored as read_stored  # noqa: PLC0414 - likewise
 from outrider_proto.v1.agent_pb2 import Codec, EncodedRecord, Payload, RecordBatch
-from outrider_proto.v1.sink_pb2 import StoredBatch
+from outrider_proto.v1.sink_pb2 import MQData, StoredBatch
 
 # Data types. Those below 20000 have the numbers that agents of the Elkeid family use.
 #: State of the agent: once a minute.
@@ -67,6 +74,10 @@ HEADER_BYTES: Final = "outrider-decompressed-bytes"
 HEADER_TYPES: Final = "outrider-data-types"
 HEADER_TIME: Final = "outrider-server-time"
 HEADER_CONTENT_TYPE: Final = "content-type"
+#: Where each record is a message of its own: its place in its batch, from 0.
+HEADER_INDEX: Final = "outrider-index"
+#: Why a message is in a dead-letter topic.
+HEADER_REASON: Final = "outrider-reason"
 #: Value of the content type header.
 CONTENT_TYPE: Final = "application/vnd.outrider.record-list.v1+protobuf"
 
@@ -91,7 +102,19 @@ def fields_of(record: EncodedRecord) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch with where it came from, opened."""
+    """Records with where they came from: a whole batch, or one record of it.
+
+    Attributes:
+        agent_id: UID of the Node.
+        node: Name of the Node.
+        epoch: The life of the agent's outbox; with `agent_id` and `seq` it names the batch.
+        seq: Number of the batch in that life.
+        server_unix_nanos: When the server took it, nanoseconds since the Unix epoch.
+        records: Oldest first; one where each record is a message of its own.
+        index: Place of that one record in its batch; None for a whole batch.
+        count: Records of the whole batch; 0 where that is not known.
+        reason: Why it was set aside; empty for all others.
+    """
 
     agent_id: str
     node: str
@@ -99,6 +122,9 @@ class Decoded:
     seq: int
     server_unix_nanos: int
     records: list[EncodedRecord]
+    index: int | None = None
+    count: int = 0
+    reason: str = ""
 
 
 def headers(
@@ -120,14 +146,35 @@ def headers(
     return [(name, value.encode()) for name, value in pairs]
 
 
+def record_headers(
+    agent_id: str, node: str, batch: RecordBatch, index: int
+) -> list[tuple[str, bytes]]:
+    """The headers of the Kafka message whose value is one record of a batch, an MQData."""
+    pairs = [
+        (HEADER_AGENT, agent_id),
+        (HEADER_NODE, node),
+        (HEADER_EPOCH, str(batch.epoch)),
+        (HEADER_SEQ, str(batch.seq)),
+        (HEADER_COUNT, str(batch.count)),
+        (HEADER_INDEX, str(index)),
+    ]
+    return [(name, value.encode()) for name, value in pairs]
+
+
 def decode_message(message_headers: Sequence[tuple[str, bytes]], value: bytes) -> Decoded:
-    """Open a Kafka message.
+    """Open a Kafka message, one that holds a batch or one that holds a record.
+
+    Args:
+        message_headers: Names and values, as clients of Kafka give them.
+        value: The message's value.
 
     Raises:
         batches.BatchError: A header is missing or wrong, or the value cannot be opened.
     """
     found = {name: raw.decode("utf-8", "replace") for name, raw in message_headers}
     try:
+        if HEADER_INDEX in found:
+            return _one(found, value)
         batch = RecordBatch(
             epoch=int(found[HEADER_EPOCH]),
             seq=int(found[HEADER_SEQ]),
@@ -140,9 +187,41 @@ def decode_message(message_headers: Sequence[tuple[str, bytes]], value: bytes) -
         time = int(found[HEADER_TIME])
     except KeyError as error:
         raise batches.BatchError(f"the header {error} is missing") from None
+    except batches.BatchError:
+        raise
     except ValueError as error:
         raise batches.BatchError(f"a header is wrong: {error}") from None
-    return Decoded(agent_id, node, batch.epoch, batch.seq, time, batches.decode(batch))
+    opened = batches.decode(batch)
+    return Decoded(
+        agent_id,
+        node,
+        batch.epoch,
+        batch.seq,
+        time,
+        opened,
+        count=len(opened),
+        reason=found.get(HEADER_REASON, ""),
+    )
+
+
+def _one(found: Mapping[str, str], value: bytes) -> Decoded:
+    """The message of one record. Raises KeyError and ValueError for headers that are wrong."""
+    try:
+        data = MQData.FromString(value)
+    except DecodeError:
+        raise batches.BatchError("the message does not hold a record") from None
+    record = EncodedRecord(data_type=data.data_type, timestamp=data.agent_time, data=data.body)
+    return Decoded(
+        found[HEADER_AGENT],
+        found[HEADER_NODE],
+        int(found[HEADER_EPOCH]),
+        int(found[HEADER_SEQ]),
+        data.svr_time * 1_000_000_000,
+        [record],
+        index=int(found[HEADER_INDEX]),
+        count=int(found.get(HEADER_COUNT, "0")),
+        reason=found.get(HEADER_REASON, ""),
+    )
 
 
 def decode_stored(stored: StoredBatch) -> Decoded:
@@ -154,63 +233,28 @@ def decode_stored(stored: StoredBatch) -> Decoded:
     batch = stored.batch
     opened = batches.decode(batch)
     return Decoded(
-        stored.agent_id, stored.node, batch.epoch, batch.seq, stored.server_unix_nanos, opened
+        stored.agent_id,
+        stored.node,
+        batch.epoch,
+        batch.seq,
+        stored.server_unix_nanos,
+        opened,
+        count=len(opened),
+        reason=stored.reason,
     )
 
 
-def frame(stored: StoredBatch) -> bytes:
-    """A batch as it stands in a file: its length as a varint, then the message."""
-    body = stored.SerializeToString()
-    length, prefix = len(body), bytearray()
-    while length > 0x7F:
-        prefix.append(length & 0x7F | 0x80)
-        length >>= 7
-    prefix.append(length)
-    return bytes(prefix) + body
+def first_seen(decoded: Iterable[Decoded], repeats: Repeats | None = None) -> Iterator[Decoded]:
+    """Drop repeats, also from streams that never end.
 
-
-def read_stored(file: IO[bytes]) -> Iterator[StoredBatch]:
-    """The batches of a file, up to its end or to a frame that was not written whole.
-
-    Raises:
-        batches.BatchError: A frame is damaged.
+    Args:
+        decoded: Batches and single records, in any order.
+        repeats: What is remembered, for bounds of your own or to go on with what came before.
     """
-    while head := _read_varint(file):
-        if head > limits.MESSAGE_BYTES:
-            raise batches.BatchError(f"a frame states {head} bytes")
-        body = file.read(head)
-        if len(body) < head:
-            return
-        try:
-            yield StoredBatch.FromString(body)
-        except DecodeError:
-            raise batches.BatchError("a frame does not hold a batch") from None
-
-
-def _read_varint(file: IO[bytes]) -> int:
-    """The next length, or 0 at the end."""
-    value = shift = 0
-    while byte := file.read(1):
-        value |= (byte[0] & 0x7F) << shift
-        if not byte[0] & 0x80:
-            return value
-        shift += 7
-        if shift > 28:
-            raise batches.BatchError("a frame has no length")
-    return 0
-
-
-def first_seen(decoded: Iterable[Decoded]) -> Iterator[Decoded]:
-    """Drop repeats: batches whose (agent, epoch, seq) came before.
-
-    Keeps a number per batch: for bounded streams such as files, not for endless ones.
-    """
-    seen: set[tuple[str, int, int]] = set()
-    for batch in decoded:
-        name = (batch.agent_id, batch.epoch, batch.seq)
-        if name not in seen:
-            seen.add(name)
-            yield batch
+    seen = Repeats() if repeats is None else repeats
+    for item in decoded:
+        if seen.is_new(item.agent_id, item.epoch, item.seq, item.index, item.count):
+            yield item
 
 
 def as_json(batch: Decoded) -> Iterator[str]:
@@ -226,6 +270,8 @@ def as_json(batch: Decoded) -> Iterator[str]:
             line["fields"] = fields_of(record)
         except batches.BatchError:
             line["data"] = record.data.hex()
+        if batch.reason:
+            line["setAside"] = batch.reason
         yield json.dumps(line, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""Files of batches: how the file sink writes them, and how they are read back, also while they grow.
+"""Files of batches: how the file sink writes them, and how they are read, also while they grow.
 
 A file is a row of StoredBatch messages, each behind its length as a varint. In a compressed file
 the row is cut between batches into Zstandard frames, one for each write, so that whatever was
@@ -7,6 +7,8 @@ belongs to a write that was never acknowledged, and is left out.
 
 Which of the two forms a file has, its first bytes say. Nothing here opens a batch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
