@@ -4,13 +4,15 @@ The agent makes a batch once; everything on the way passes it on unopened; reade
 What comes from an agent is not trusted: sizes are checked before anything is decompressed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import lz4.frame
 import zstandard
 from google.protobuf.message import DecodeError
 
 from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import (
+    CODEC_LZ4,
     CODEC_NONE,
     CODEC_ZSTD,
     Codec,
@@ -27,6 +29,17 @@ class BatchError(ValueError):
     """A batch that cannot be opened, and why."""
 
 
+def entry(record: EncodedRecord) -> bytes:
+    """A record as it stands in a serialized RecordList: entries one after the other are one."""
+    body = record.SerializeToString()
+    size = len(body)
+    if size < 0x80:
+        return b"\x0a%c" % size + body
+    if size < 0x4000:
+        return b"\x0a%c%c" % (size & 0x7F | 0x80, size >> 7) + body
+    return RecordList(records=[record]).SerializeToString()
+
+
 def encode(
     records: Sequence[EncodedRecord],
     *,
@@ -41,17 +54,53 @@ def encode(
         records: Oldest first; not empty.
         epoch: The life of the agent's outbox.
         seq: The batch's number in it.
-        codec: CODEC_NONE or CODEC_ZSTD.
+        codec: CODEC_NONE, CODEC_ZSTD or CODEC_LZ4.
         created_unix_nanos: Now.
 
     Raises:
         BatchError: It would be beyond the limits.
     """
-    content = RecordList(records=records).SerializeToString()
+    return pack(
+        RecordList(records=records).SerializeToString(),
+        count=len(records),
+        data_types={r.data_type for r in records},
+        epoch=epoch,
+        seq=seq,
+        codec=codec,
+        created_unix_nanos=created_unix_nanos,
+    )
+
+
+def pack(
+    content: bytes,
+    *,
+    count: int,
+    data_types: Iterable[int],
+    epoch: int,
+    seq: int,
+    codec: Codec.ValueType,
+    created_unix_nanos: int,
+) -> RecordBatch:
+    """Make a batch of a RecordList that is serialized already: the same as `encode`.
+
+    Args:
+        content: The RecordList.
+        count: Number of records in it.
+        data_types: The different types among them.
+        epoch: The life of the agent's outbox.
+        seq: The batch's number in it.
+        codec: CODEC_NONE, CODEC_ZSTD or CODEC_LZ4.
+        created_unix_nanos: Now.
+
+    Raises:
+        BatchError: It would be beyond the limits.
+    """
     packed = content
     if codec == CODEC_ZSTD:
         packed = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(content)
-    types = sorted({r.data_type for r in records})
+    elif codec == CODEC_LZ4:
+        packed = lz4.frame.compress(content, store_size=True)
+    types = sorted(data_types)
     if len(types) > limits.BATCH_DATA_TYPES:
         types = [0, *types[: limits.BATCH_DATA_TYPES - 1]]
     batch = RecordBatch(
@@ -59,7 +108,7 @@ def encode(
         seq=seq,
         codec=codec,
         records=packed,
-        count=len(records),
+        count=count,
         decompressed_bytes=len(content),
         data_types=types,
         created_unix_nanos=created_unix_nanos,
@@ -74,7 +123,7 @@ def check(batch: RecordBatch) -> str | None:
     """Why a batch is not acceptable, or None; does not open it."""
     if batch.epoch == 0 or batch.seq == 0:
         return "epoch and seq must be above 0"
-    if batch.codec not in (CODEC_NONE, CODEC_ZSTD):
+    if batch.codec not in (CODEC_NONE, CODEC_ZSTD, CODEC_LZ4):
         return f"codec {batch.codec} is unknown"
     if not batch.records or not 0 < batch.count <= limits.BATCH_RECORDS:
         return f"a batch has 1 to {limits.BATCH_RECORDS} records, this one states {batch.count}"
@@ -104,23 +153,44 @@ def decode(batch: RecordBatch) -> list[EncodedRecord]:
         raise BatchError(problem)
     content = batch.records
     if batch.codec == CODEC_ZSTD:
-        content = _decompress(batch.records)
+        content = _from_zstd(batch.records)
+    elif batch.codec == CODEC_LZ4:
+        content = _from_lz4(batch.records)
     if len(content) != batch.decompressed_bytes:
         raise BatchError(f"holds {len(content)} bytes, states {batch.decompressed_bytes}")
     try:
-        records = list(RecordList.FromString(content).records)
+        found = RecordList.FromString(content).records
     except DecodeError as error:
         raise BatchError(f"does not hold records: {error}") from None
-    if len(records) != batch.count:
-        raise BatchError(f"holds {len(records)} records, states {batch.count}")
-    return records
+    # Before there is an object for each: millions of empty ones fit into a batch.
+    if len(found) != batch.count:
+        raise BatchError(f"holds {len(found)} records, states {batch.count}")
+    return list(found)
 
 
-def _decompress(packed: bytes) -> bytes:
+def _from_zstd(packed: bytes) -> bytes:
     try:
-        size = zstandard.frame_content_size(packed)
-        if not 0 <= size <= limits.BATCH_DECOMPRESSED_BYTES:
-            raise BatchError(f"its zstd frame states {size} bytes")
-        return zstandard.ZstdDecompressor().decompress(packed)
+        _check_stated(zstandard.frame_content_size(packed), "zstd")
+        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BatchError(f"is not a zstd frame: {error}") from None
+
+
+def _from_lz4(packed: bytes) -> bytes:
+    try:
+        # 0 stands for a frame that states nothing: no batch is empty.
+        stated = lz4.frame.get_frame_info(packed)["content_size"] or -1
+        _check_stated(stated, "lz4")
+        opener = lz4.frame.LZ4FrameDecompressor()
+        # One more than it states: the frame's end is seen, and more than that never made.
+        content: bytes = opener.decompress(packed, max_length=stated + 1)
+    except RuntimeError as error:  # what the library raises for everything
+        raise BatchError(f"is not an lz4 frame: {error}") from None
+    if not opener.eof or opener.unused_data:
+        raise BatchError("is not one whole lz4 frame")
+    return content
+
+
+def _check_stated(size: int, codec: str) -> None:
+    if not 0 <= size <= limits.BATCH_DECOMPRESSED_BYTES:
+        raise BatchError(f"its {codec} frame states {size} bytes")

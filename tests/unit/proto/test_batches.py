@@ -1,11 +1,21 @@
 """Batches: what goes in comes out, and nothing else does harm."""
 
+import lz4.frame
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_proto import batches, limits
-from outrider_proto.v1.agent_pb2 import CODEC_NONE, CODEC_ZSTD, EncodedRecord, RecordBatch
+from outrider_proto.v1.agent_pb2 import (
+    CODEC_LZ4,
+    CODEC_NONE,
+    CODEC_ZSTD,
+    EncodedRecord,
+    RecordBatch,
+    RecordList,
+)
+
+CODECS = st.sampled_from([CODEC_NONE, CODEC_ZSTD, CODEC_LZ4])
 
 RECORDS = st.lists(
     st.builds(
@@ -23,7 +33,7 @@ def make(records, codec=CODEC_ZSTD) -> RecordBatch:
     return batches.encode(records, epoch=7, seq=1, codec=codec, created_unix_nanos=5)
 
 
-@given(RECORDS, st.sampled_from([CODEC_NONE, CODEC_ZSTD]))
+@given(RECORDS, CODECS)
 def test_round_trip(records, codec) -> None:
     batch = make(records, codec)
     assert batches.check(batch) is None
@@ -32,10 +42,22 @@ def test_round_trip(records, codec) -> None:
     assert len(batch.data_types) <= limits.BATCH_DATA_TYPES
 
 
-@given(RECORDS, st.data())
-def test_damage_is_an_error_or_the_same_size(records, data) -> None:
+@given(RECORDS)
+def test_entries_one_after_the_other_are_a_list(records) -> None:
+    joined = b"".join(map(batches.entry, records))
+    assert joined == RecordList(records=records).SerializeToString()
+
+
+@pytest.mark.parametrize("size", [0, 100, 120, 130, 16_000, 16_380, 16_400, 70_000])
+def test_entries_of_any_length(size) -> None:
+    records = [EncodedRecord(data=bytes(size))]
+    assert batches.entry(records[0]) == RecordList(records=records).SerializeToString()
+
+
+@given(RECORDS, CODECS, st.data())
+def test_damage_is_an_error_or_the_same_size(records, codec, data) -> None:
     """Any bytes give records or BatchError, never another error and never beyond the limits."""
-    batch = make(records)
+    batch = make(records, codec)
     raw = bytearray(batch.records)
     place = data.draw(st.integers(0, len(raw) - 1))
     raw[place] ^= data.draw(st.integers(1, 255))
@@ -53,6 +75,40 @@ def test_bomb_is_refused_before_it_is_opened() -> None:
         epoch=1, seq=1, codec=CODEC_ZSTD, records=bomb, count=1, decompressed_bytes=100
     )
     with pytest.raises(batches.BatchError, match="states 67108864 bytes"):
+        batches.decode(batch)
+
+
+def test_an_lz4_bomb_is_refused_before_it_is_opened() -> None:
+    bomb = lz4.frame.compress(bytes(64 * limits.MIB), store_size=True)
+    batch = RecordBatch(
+        epoch=1, seq=1, codec=CODEC_LZ4, records=bomb, count=1, decompressed_bytes=100
+    )
+    with pytest.raises(batches.BatchError, match="states 67108864 bytes"):
+        batches.decode(batch)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        lz4.frame.compress(b"x" * 9, store_size=False),
+        lz4.frame.compress(b"x" * 9, store_size=True) + b"y",
+        lz4.frame.compress(b"x" * 9, store_size=True)[:-1],
+        lz4.frame.compress(b"x" * 9, store_size=True) * 2,
+        b"rubbish",
+    ],
+)
+def test_what_is_not_one_lz4_frame_is_refused(packed) -> None:
+    batch = RecordBatch(
+        epoch=1, seq=1, codec=CODEC_LZ4, records=packed, count=1, decompressed_bytes=9
+    )
+    with pytest.raises(batches.BatchError, match="lz4 frame"):
+        batches.decode(batch)
+
+
+def test_what_follows_a_zstd_frame_is_refused() -> None:
+    batch = make([EncodedRecord(data=b"x")])
+    batch.records += b"y"
+    with pytest.raises(batches.BatchError, match="zstd frame"):
         batches.decode(batch)
 
 
