@@ -153,13 +153,16 @@ _ENCODER: Final = msgspec.json.Encoder(order="deterministic")
 _DECODER: Final = msgspec.json.Decoder(Effective)
 
 
-def _without_empty(value: Any) -> Any:
-    """A part nobody asks anything of is left out, so that a new one changes no hash."""
+def without_empty(value: Any) -> Any:
+    """A configuration as JSON has it, without the parts that nobody asks anything of.
+
+    So a part that comes with a later version changes no hash.
+    """
     if isinstance(value, list | tuple):
-        return [_without_empty(item) for item in value]
+        return [without_empty(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = ((key, _without_empty(item)) for key, item in value.items())
+    kept = ((key, without_empty(item)) for key, item in value.items())
     return {key: item for key, item in kept if item != {}}
 
 
@@ -169,7 +172,7 @@ def pack(effective: Effective) -> EffectiveConfig:
     Raises:
         EffectiveError: It is larger than limits.CONFIG_BYTES.
     """
-    content = _ENCODER.encode(_without_empty(msgspec.to_builtins(effective)))
+    content = _ENCODER.encode(without_empty(msgspec.to_builtins(effective)))
     if len(content) > limits.CONFIG_BYTES:
         raise EffectiveError(f"{len(content)} bytes; at most {limits.CONFIG_BYTES}")
     return EffectiveConfig(hash=hashlib.sha256(content).hexdigest(), content=content)
