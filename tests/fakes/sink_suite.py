@@ -69,7 +69,8 @@ class SinkSuite:
 
     async def test_stop_stores_what_was_handed_over(self, sink_case: SinkCase) -> None:
         storing = [
-            asyncio.create_task(sink_case.sink.store(origin(), batch(seq))) for seq in range(1, 51)
+            asyncio.ensure_future(sink_case.sink.store(origin(), batch(seq)))
+            for seq in range(1, 51)
         ]
         await asyncio.sleep(0)  # all are handed over, none is stored
         sink_case.stop.set()
@@ -81,7 +82,7 @@ class SinkSuite:
         assert not sink_case.health.ready
 
     async def test_cancelled_store_harms_no_other(self, sink_case: SinkCase) -> None:
-        gone = asyncio.create_task(sink_case.sink.store(origin(), batch(1)))
+        gone = asyncio.ensure_future(sink_case.sink.store(origin(), batch(1)))
         await asyncio.sleep(0)
         gone.cancel()
         await sink_case.sink.store(origin(), batch(2))

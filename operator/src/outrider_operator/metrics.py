@@ -48,6 +48,9 @@ class ServerMetrics:
         )  # fmt: skip
         self.messages = self._counter("messages_total", "Messages of agent streams.", "direction")
         self.bytes = self._counter("bytes_total", "Bytes of agent streams' messages.", "direction")
+        # Looked up once: they are counted with every message.
+        self.messages_up, self.messages_down = map(self.messages.labels, ("up", "down"))
+        self.bytes_up, self.bytes_down = map(self.bytes.labels, ("up", "down"))
         self.records = self._counter("records_total", "Records in stored batches.")
         self.batches = self._counter("batches_total", "Record batches, by result.", "result")
         self.inflight_bytes = self._gauge(
@@ -58,8 +61,28 @@ class ServerMetrics:
             "batches_inflight_limit_bytes", "Most bytes of batches taken and not stored yet."
         )
         self.store_seconds = self._histogram(
-            "batch_store_seconds", "Time from taking a batch until the sink has it."
+            "batch_store_seconds", "Time from taking a message's first batch until the sink has it."
         )
+        self.batches_retrying = self._gauge(
+            "batches_retrying", "Batches that the sink did not take, and that are tried again."
+        )
+        self.batch_rejects = self._counter(
+            "batch_rejects_total",
+            "Batches the sink never takes as they are, by reason and what was done.",
+            "reason",
+            "action",
+        )
+        self.slow_downs = self._counter(
+            "slow_downs_total", "Times an agent was told to pause its batches, by reason.", "reason"
+        )
+        self.held_reads = self._counter(
+            "held_reads_total", "Times a stream was not read because its agent did not pause."
+        )
+        self.connects = self._counter(
+            "connects_total", "Streams that asked to begin, by admission.", "result"
+        )
+        self.plain_streams = self._gauge("plain_streams", "Streams of plain records open.")
+        self.plain_records = self._counter("plain_records_total", "Plain records taken.")
         self.pings = self._counter("pings_total", "Pings answered.")
         self.certificate_expiry = self._gauge(
             "tls_certificate_expiry_timestamp_seconds", "When the certificate in use expires."
@@ -106,6 +129,9 @@ class ServerMetrics:
         )
         self.sink_files = self._gauge("sink_files", "Files of the file sink.")
         self.sink_file_bytes = self._gauge("sink_file_bytes", "Bytes in files of the file sink.")
+        self.sink_free_bytes = self._gauge(
+            "sink_free_bytes", "Bytes that are free where the file sink's files are."
+        )
         self.sink_removed_bytes = self._counter(
             "sink_removed_bytes_total", "Bytes of old files that the file sink deleted."
         )

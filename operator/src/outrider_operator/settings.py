@@ -12,6 +12,10 @@ from outrider_runtime.logs import LogSettings
 from outrider_runtime.ops import OpsSettings
 from outrider_runtime.settings import Section, SettingsError
 
+from outrider_operator.settings_kafka import (
+    KafkaSinkSettings as KafkaSinkSettings,  # noqa: PLC0414 - a section like the others here
+)
+
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 """A time span above 0 and at most a day."""
 
@@ -53,9 +57,34 @@ class KeepaliveSettings(Section, frozen=True):
     ] = 10.0
     max_idle_seconds: Annotated[
         Seconds, Meta(description="A connection without any call is closed after this, seconds.")
-    ] = 300.0
+    ] = 60.0
     handshake_seconds: Annotated[
         Seconds, Meta(description="A new connection must finish its handshake in this, seconds.")
+    ] = 10.0
+
+
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+"""So many a second; 0: no limit."""
+
+
+class LimitSettings(Section, frozen=True):
+    """How much agents may send. Who sends more is told to slow down; nothing is thrown away."""
+
+    agent_records_per_second: Annotated[
+        Rate, Meta(description="Records one agent may send, per second; 0: no limit.")
+    ] = 50_000.0
+    agent_bytes_per_second: Annotated[
+        Rate, Meta(description="Compressed bytes of batches one agent may send, per second.")
+    ] = float(16 * limits.MIB)
+    records_per_second: Annotated[
+        Rate, Meta(description="Records all agents of this replica may send, per second.")
+    ] = 0.0
+    bytes_per_second: Annotated[
+        Rate, Meta(description="Compressed bytes all agents of this replica may send, per second.")
+    ] = 0.0
+    burst_seconds: Annotated[
+        float,
+        Meta(gt=0, le=3600, description="Unused shares are saved up for so long, seconds."),
     ] = 10.0
 
 
@@ -77,6 +106,21 @@ class GatewaySettings(Section, frozen=True):
     max_connections: Annotated[
         Count, Meta(description="Connections at once; more are refused.")
     ] = 6000
+    connect_rate: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=100_000,
+            description="Streams that may begin per second; others are told when to come back.",
+        ),
+    ] = 100.0
+    connect_burst: Annotated[
+        Count, Meta(description="Streams that may begin at once after a quiet time.")
+    ] = 200
+    accept_plain_records: Annotated[
+        bool,
+        Meta(description="Take plain records, of agents that send no hello and no batches."),
+    ] = False
     hello_timeout_seconds: Annotated[
         Seconds, Meta(description="A stream must say hello within this, seconds.")
     ] = 10.0
@@ -106,6 +150,8 @@ class GatewaySettings(Section, frozen=True):
         float,
         Meta(ge=0, le=600, description="Agents told to leave spread over this time, seconds."),
     ] = 3.0
+    # The last one: from here on the name hides the module of limits.
+    limits: LimitSettings = field(default_factory=LimitSettings)
 
 
 class AuthSettings(Section, frozen=True):
@@ -164,46 +210,32 @@ class FileSinkSettings(Section, frozen=True):
             description="All files together, bytes; past it the oldest are deleted.",
         ),
     ] = 1024 * limits.MIB
-
-
-class KafkaSinkSettings(Section, frozen=True):
-    """Records in a Kafka topic."""
-
-    bootstrap_servers: Annotated[
-        list[str],
-        Meta(min_length=1, max_length=64, description="Brokers to ask first, host:port."),
-    ] = field(default_factory=lambda: ["kafka:9092"])
-    topic: Annotated[
-        str,
-        Meta(pattern=r"^[a-zA-Z0-9._-]{1,249}$", description="Topic the batches go to."),
-    ] = "outrider.records"
-    client_id: Annotated[
-        str, Meta(min_length=1, max_length=249, description="Name of this client at the brokers.")
-    ] = "outrider"
-    create_topic: Annotated[
-        bool, Meta(description="Make the topic at start where it is not there.")
-    ] = True
-    partitions: Annotated[int, Meta(ge=1, le=100_000, description="Partitions of a new topic.")] = (
-        12
-    )
-    replication_factor: Annotated[
-        int,
-        Meta(ge=1, le=100, description="Replicas of a new topic, or one a broker if that is less."),
-    ] = 3
-    request_timeout_seconds: Annotated[
-        Seconds, Meta(description="A broker must answer within this, seconds.")
-    ] = 20.0
-    retry_cap_seconds: Annotated[
-        Seconds, Meta(description="Longest wait between two tries to connect, seconds.")
-    ] = 10.0
-    max_inflight_bytes: Annotated[
+    max_age_seconds: Annotated[
+        float,
+        Meta(ge=0, le=1e9, description="Older files are deleted, seconds; 0: none for its age."),
+    ] = 0.0
+    min_free_bytes: Annotated[
         int,
         Meta(
-            ge=limits.BATCH_BYTES,
-            le=64 * 1024 * limits.MIB,
-            description="Batches handed over and not stored yet, bytes; more wait.",
+            ge=0,
+            le=2**50,
+            description="With less free disk batches are not taken and stay with agents, bytes.",
         ),
     ] = 128 * limits.MIB
+    compression: Annotated[
+        Literal["zstd", "none"], Meta(description="How files are compressed.")
+    ] = "zstd"
+    fsync: Annotated[
+        Literal["always", "interval", "never"],
+        Meta(
+            description="always: batches are on the disk before they are acknowledged; interval: "
+            "a power loss may take those of the last fsyncIntervalSeconds; never: those of the "
+            "kernel's last half minute."
+        ),
+    ] = "always"
+    fsync_interval_seconds: Annotated[
+        Seconds, Meta(description="With interval: time between two flushes to the disk, seconds.")
+    ] = 1.0
 
 
 class SinkSettings(Section, frozen=True):
