@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import psutil
 import structlog
-from outrider_proto import records
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime import life, logs
 from outrider_runtime.health import Health
@@ -35,9 +34,8 @@ from prometheus_client import CollectorRegistry
 from outrider_agent.collectors import hostinfo
 from outrider_agent.collectors.facts import facts
 from outrider_agent.collectors.heartbeat import AgentStatus, Heartbeat
-from outrider_agent.collectors.host import HostMetrics
 from outrider_agent.collectors.hostinfo import HostPaths
-from outrider_agent.collectors.schedule import collect_forever
+from outrider_agent.collectors.start import Collectors, paths_of
 from outrider_agent.core import accounts
 from outrider_agent.core.batching import BatchLimits
 from outrider_agent.core.leaving import stays_away
@@ -182,7 +180,7 @@ class _Agent:
     ) -> "_Agent":
         """Make all parts; nothing runs yet."""
         started = time.time()
-        paths = _paths(settings)
+        paths = paths_of(settings)
         psutil.PROCFS_PATH = settings.node.proc
         recorder = Recorder(store, _recorder_options(settings), metrics)
         uplink = Uplink(
@@ -224,7 +222,7 @@ class _Agent:
                 start("store", self.store.watch()),
                 start("loop lag", LoopLag(registry).watch()),
                 start("supervisor", self.supervisor.run()),
-                *(start(name, part) for name, part in self._collectors()),
+                *(start(name, part) for name, part in self._collectors(registry)),
             ]
             # After the supervisor's task, which takes what servers ask for.
             rest.append(start("uplink", self.uplink.run(self.supervisor)))
@@ -243,8 +241,10 @@ class _Agent:
         if self.health.ready:  # a server may still take what is left
             await self.uplink.settle(SETTLE_SECONDS)
 
-    def _collectors(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
-        settings, paths = self.settings, _paths(self.settings)
+    def _collectors(
+        self, registry: CollectorRegistry
+    ) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        settings, paths = self.settings, paths_of(self.settings)
         heartbeat = Heartbeat(
             paths=paths,
             state_directory=Path(settings.state.directory),
@@ -253,34 +253,7 @@ class _Agent:
             status=self._status,
             started=self.started,
         )
-        found = [
-            (
-                "heartbeat",
-                collect_forever(
-                    "heartbeat",
-                    records.AGENT_HEARTBEAT,
-                    settings.heartbeat.interval_seconds,
-                    heartbeat.collect,
-                    self.recorder,
-                    self.metrics,
-                ),
-            )
-        ]
-        if settings.collectors.host.enabled:
-            found.append(
-                (
-                    "host",
-                    collect_forever(
-                        "host",
-                        records.HOST_METRICS,
-                        settings.collectors.host.interval_seconds,
-                        HostMetrics(paths).collect,
-                        self.recorder,
-                        self.metrics,
-                    ),
-                )
-            )
-        return found
+        return Collectors(settings, heartbeat, self.recorder, self.metrics, registry).parts()
 
     def _status(self) -> AgentStatus:
         well = all(condition.ok for condition in self.health.liveness())
@@ -295,11 +268,6 @@ class _Agent:
 async def _forward(stop: Stop, leave: Stop) -> None:
     await stop.wait()
     leave.request(stop.reason)
-
-
-def _paths(settings: AgentSettings) -> HostPaths:
-    node = settings.node
-    return HostPaths(Path(node.proc), Path(node.sys), Path(node.root))
 
 
 def _place(settings: AgentSettings) -> Place:

@@ -4,6 +4,7 @@ Settings are passed in, never global. What one file cannot know (does the certif
 the node named) is checked by `check`, before anything starts.
 """
 
+import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -21,6 +22,14 @@ from outrider_agent.core.policy import (
 )
 
 MIB = 1024 * 1024
+#: What can be read for /metrics, by the names of node_exporter's collectors.
+NODE_COLLECTORS = (
+    "conntrack", "cpu", "diskstats", "filefd", "filesystem", "hwmon", "loadavg", "meminfo",
+    "netclass", "netdev", "netstat", "pressure", "sockstat", "stat", "thermal_zone", "time",
+    "uname", "vmstat",
+)  # fmt: skip
+#: What the inventory can hold.
+INVENTORY_KINDS = ("packages", "accounts", "ports", "mounts", "modules")
 
 
 class OpsSettings(Section, frozen=True):
@@ -96,6 +105,14 @@ class ServerSettings(Section, frozen=True):
     backoff_cap_seconds: Annotated[
         float, Meta(gt=0, le=3600, description="Bound that waits grow to, seconds.")
     ] = 30.0
+    max_bytes_per_second: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Most bytes of records sent per second; results of runs go first and "
+            "count. 0: no limit.",
+        ),
+    ] = 0
 
 
 class StateSettings(Section, frozen=True):
@@ -109,9 +126,39 @@ class StateSettings(Section, frozen=True):
         Meta(
             ge=MIB,
             description="Most bytes of records that wait for a server; past it the oldest of the "
-            "least class go.",
+            "least class go, results never.",
         ),
     ] = 256 * MIB
+    result_reserve_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="How many bytes of results may be beyond max_outbox_bytes; past that they "
+            "wait, and runs that print with them.",
+        ),
+    ] = 64 * MIB
+    min_free_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Free bytes that the outbox leaves on its disk; with less it gets smaller.",
+        ),
+    ] = 256 * MIB
+    min_free_percent: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=90,
+            description="The same as a share of the disk's size, percent; the larger one counts.",
+        ),
+    ] = 2.0
+    durability: Annotated[
+        Literal["full", "relaxed"],
+        Meta(
+            description="full: records are synced to the disk before they count as stored; relaxed: "
+            "within a second, which a power loss may cost. The journal of runs is always synced."
+        ),
+    ] = "full"
 
 
 class HeartbeatSettings(Section, frozen=True):
@@ -131,10 +178,60 @@ class HostSettings(Section, frozen=True):
     ] = 15.0
 
 
+class NodeMetricsSettings(Section, frozen=True):
+    """Metrics of the host on /metrics, under the names of Prometheus' node_exporter."""
+
+    enabled: Annotated[bool, Meta(description="Whether they are there.")] = True
+    collectors: Annotated[
+        tuple[str, ...],
+        Meta(description=f"What is read, of {', '.join(NODE_COLLECTORS)}."),
+    ] = NODE_COLLECTORS
+    mount_points_exclude: Annotated[
+        str, Meta(description="Regular expression of mount points that are left out.")
+    ] = r"^/(dev|proc|run/credentials/.+|sys|var/lib/docker/.+|var/lib/containers/storage/.+)($|/)"
+    fs_types_exclude: Annotated[
+        str, Meta(description="Regular expression of kinds of file systems that are left out.")
+    ] = (
+        r"^(autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|devtmpfs|fusectl|hugetlbfs"
+        r"|iso9660|mqueue|nsfs|overlay|proc|procfs|pstore|rpc_pipefs|securityfs|selinuxfs"
+        r"|squashfs|erofs|sysfs|tracefs)$"
+    )
+    disks_exclude: Annotated[
+        str, Meta(description="Regular expression of disks that are left out.")
+    ] = r"^(z?ram|loop|fd|(h|s|v|xv)d[a-z]|nvme\d+n\d+p)\d+$"
+    networks_exclude: Annotated[
+        str,
+        Meta(description="Regular expression of network devices that are left out; empty: none."),
+    ] = ""
+
+
+class InventorySettings(Section, frozen=True):
+    """What there is on the host, as records: whole, and then what changed."""
+
+    enabled: Annotated[bool, Meta(description="Whether it is gathered.")] = True
+    kinds: Annotated[
+        tuple[str, ...], Meta(description=f"What is gathered, of {', '.join(INVENTORY_KINDS)}.")
+    ] = INVENTORY_KINDS
+    check_seconds: Annotated[
+        float,
+        Meta(ge=1, le=86_400, description="Time between two looks for signs of a change, seconds."),
+    ] = 60.0
+    interval_seconds: Annotated[
+        float,
+        Meta(ge=1, le=604_800, description="Longest time until all is read again, seconds."),
+    ] = 3600.0
+    full_seconds: Annotated[
+        float,
+        Meta(ge=1, le=2_592_000, description="Longest time until all is told again, seconds."),
+    ] = 86_400.0
+
+
 class CollectorsSettings(Section, frozen=True):
     """What is gathered."""
 
     host: HostSettings = field(default_factory=HostSettings)
+    node_metrics: NodeMetricsSettings = field(default_factory=NodeMetricsSettings)
+    inventory: InventorySettings = field(default_factory=InventorySettings)
 
 
 class BatchSettings(Section, frozen=True):
@@ -148,8 +245,17 @@ class BatchSettings(Section, frozen=True):
         Meta(ge=1024, le=2 * MIB, description="Size before compression that closes a batch."),
     ] = 512 * 1024
     codec: Annotated[
-        Literal["zstd", "none"], Meta(description="How batches are compressed: zstd or none.")
+        Literal["zstd", "lz4", "none"],
+        Meta(description="How batches are compressed: zstd, lz4 (less processor time) or none."),
     ] = "zstd"
+    max_queue_bytes: Annotated[
+        int,
+        Meta(
+            ge=2 * MIB,
+            le=256 * MIB,
+            description="Most bytes of one class of records that wait in memory to be stored.",
+        ),
+    ] = 8 * MIB
 
 
 class TasksSettings(Section, frozen=True):
@@ -257,6 +363,7 @@ def check(settings: AgentSettings) -> None:
             f'setting "tasks.allowedKinds": expected some of {", ".join(RUN_KINDS)}, '
             f"got {', '.join(unknown)}"
         )
+    _check_collectors(settings.collectors)
     for pattern in settings.tasks.allowed_executables:
         fault = pattern_fault(pattern)
         if fault:
@@ -266,3 +373,28 @@ def check(settings: AgentSettings) -> None:
             raise SettingsError(
                 f'setting "tasks.allowedUsers": expected names or numbers of users, got {user!r}'
             )
+
+
+def _check_collectors(settings: CollectorsSettings) -> None:
+    node, inventory = settings.node_metrics, settings.inventory
+    for setting, names, known in (
+        ("nodeMetrics.collectors", node.collectors, NODE_COLLECTORS),
+        ("inventory.kinds", inventory.kinds, INVENTORY_KINDS),
+    ):
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise SettingsError(
+                f'setting "collectors.{setting}": expected some of {", ".join(known)}, '
+                f"got {', '.join(unknown)}"
+            )
+    for name in ("mount_points", "fs_types", "disks", "networks"):
+        pattern = getattr(node, f"{name}_exclude")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            parts = name.split("_")
+            text = parts[0] + "".join(part.title() for part in parts[1:])
+            raise SettingsError(
+                f'setting "collectors.nodeMetrics.{text}Exclude": expected a regular expression, '
+                f"got {pattern!r}: {error}"
+            ) from None

@@ -15,6 +15,7 @@ import psutil
 
 from outrider_agent.collectors import hostinfo
 from outrider_agent.collectors.hostinfo import HostPaths
+from outrider_agent.core import procfs
 from outrider_agent.core.traffic import Rates, Traffic
 
 
@@ -115,8 +116,5 @@ class Heartbeat:
 
 def process_counts(proc: Path) -> tuple[int, int]:
     """Processes that run or could run, and all there are."""
-    running = 0
-    for line in hostinfo.read(proc / "stat").splitlines():
-        if line.startswith("procs_running "):
-            running = int(line.split()[1])
-    return running, sum(1 for name in os.listdir(proc) if name.isdigit())  # noqa: PTH208 - a count
+    running = procfs.stat_totals(hostinfo.read(proc / "stat", hostinfo.TABLE_BYTES))
+    return running.get("procs_running", 0), hostinfo.count_processes(proc)

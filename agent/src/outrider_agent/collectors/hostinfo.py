@@ -16,6 +16,9 @@ import psutil
 #: Most addresses of one kind that are told.
 MAX_ADDRESSES = 64
 _FILE_BYTES = 256 * 1024
+_PART_BYTES = 64 * 1024
+#: Most bytes of a table of the kernel that grows with the host.
+TABLE_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,28 @@ class Addresses:
     extranet_ipv6: list[str] = field(default_factory=list)
 
 
-def read(path: Path) -> str:
-    """A small file's text without white space around it; empty if it cannot be read."""
+def read(path: Path, most: int = _FILE_BYTES) -> str:
+    """A file's text without white space around it, cut at `most` bytes; empty if unreadable.
+
+    Not by `open`, for many small files are read often; and never waits, even if it is a pipe.
+    """
+    parts: list[bytes] = []
     try:
-        with path.open("rb") as file:
-            return file.read(_FILE_BYTES).decode("utf-8", "replace").strip("\0 \t\r\n")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            while most > 0 and (part := os.read(descriptor, min(most, _PART_BYTES))):
+                parts.append(part)
+                most -= len(part)
+        finally:
+            os.close(descriptor)
     except OSError:
         return ""
+    return b"".join(parts).decode("utf-8", "replace").strip("\0 \t\r\n")
+
+
+def read_of_network(proc: Path, name: str, most: int = TABLE_BYTES) -> str:
+    """A file below /proc/net of the host's network, which process 1 has; else of our own."""
+    return read(proc / "1/net" / name, most) or read(proc / "net" / name, most)
 
 
 def static_fields(paths: HostPaths) -> dict[str, str]:
@@ -99,6 +117,14 @@ def _gateway(proc: Path) -> str:
         if len(words) > 3 and words[1] == "00000000" and int(words[3], 16) & 2:
             return str(ipaddress.IPv4Address(int.from_bytes(bytes.fromhex(words[2])[::-1])))
     return ""
+
+
+def count_processes(proc: Path) -> int:
+    """How many processes there are."""
+    try:
+        return sum(1 for name in os.listdir(proc) if name.isdigit())  # noqa: PTH208 - a count
+    except OSError:
+        return 0
 
 
 def addresses() -> Addresses:
