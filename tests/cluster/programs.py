@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,12 +168,15 @@ class Programs:
 
     # ---------------------------------------------------------------- both
 
-    def start(self, program: Program, *, ready: bool = True) -> None:
+    def start(
+        self, program: Program, *, ready: bool = True, through: Sequence[str] = ("-m",)
+    ) -> None:
         """Run a prepared program, again after its end too.
 
         Args:
             program: from `server` or `agent`.
             ready: wait until /readyz says so.
+            through: what Python is told before the program's module.
 
         Raises:
             ClusterError: it ended, or was not ready in time; with the end of its log.
@@ -186,7 +189,7 @@ class Programs:
         _merge(settings, program.settings)
         program.config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self.plane.processes.run(
-            program.name, [sys.executable, "-m", program.module, "--config", program.config]
+            program.name, [sys.executable, *through, program.module, "--config", program.config]
         )
         if ready:
             self.wait_ready(program)
