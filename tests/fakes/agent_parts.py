@@ -2,14 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from outrider_agent.core.batching import Held
 from outrider_agent.core.records import RecordClass
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.store.outbox import NewBatch
 from outrider_agent.store.store import Store, StoreLimits, open_store
-from outrider_proto import records
+from outrider_proto import batches, limits, records
 from outrider_proto.v1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry
 
@@ -37,9 +38,25 @@ def run_state(
     return pb.RunState(id=pb.RunId(task_uid=uid, attempt=attempt), phase=phase)
 
 
+def held_of(made: Sequence[pb.EncodedRecord]) -> Held:
+    """Records as a batcher holds them."""
+    held = Held()
+    for record in made:
+        held.add(batches.entry(record), record.data_type)
+    return held
+
+
+def new_batch(
+    made: Sequence[pb.EncodedRecord],
+    record_class: RecordClass = RecordClass.LOG,
+    codec: pb.Codec.ValueType = pb.CODEC_NONE,
+    max_bytes: int = limits.BATCH_BYTES,
+) -> NewBatch:
+    return NewBatch(held_of(made), record_class, codec, time.time_ns(), max_bytes)
+
+
 def batch_of(text: str, record_class: RecordClass = RecordClass.LOG, count: int = 1) -> NewBatch:
-    made = [records.payload(records.AGENT_LOG, 1, {"text": text})] * count
-    return NewBatch(made, record_class, pb.CODEC_NONE, time.time_ns())
+    return new_batch([records.payload(records.AGENT_LOG, 1, {"text": text})] * count, record_class)
 
 
 class ListSink:
@@ -54,6 +71,9 @@ class ListSink:
 
     async def put(self, record: pb.EncodedRecord, record_class: RecordClass) -> None:
         self.submit(record, record_class)
+
+    async def flush(self, record_class: RecordClass) -> None:
+        pass
 
     def fields(self, data_type: int) -> list[dict[str, str]]:
         return [records.fields_of(r) for r, _ in self.records if r.data_type == data_type]

@@ -60,7 +60,11 @@ RUN_THREADS = 4
 SETTLE_SECONDS = 2.0
 FINISH_SECONDS = 5.0
 
-_CODECS: Mapping[str, pb.Codec.ValueType] = {"zstd": pb.CODEC_ZSTD, "none": pb.CODEC_NONE}
+_CODECS: Mapping[str, pb.Codec.ValueType] = {
+    "zstd": pb.CODEC_ZSTD,
+    "lz4": pb.CODEC_LZ4,
+    "none": pb.CODEC_NONE,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,12 +147,17 @@ async def _agent(
     settings: AgentSettings, metrics: AgentMetrics, health: Health, way_out: Exit
 ) -> "AsyncIterator[_Agent]":
     """The agent's parts on its file, both closed in the end."""
+    state = settings.state
     limits = StoreLimits(
-        max_outbox_bytes=settings.state.max_outbox_bytes,
+        max_outbox_bytes=state.max_outbox_bytes,
         tombstone_seconds=settings.tasks.tombstone_seconds,
         max_tombstones=settings.tasks.max_tombstones,
+        result_reserve_bytes=state.result_reserve_bytes,
+        min_free_bytes=state.min_free_bytes,
+        min_free_percent=state.min_free_percent,
+        relaxed=state.durability == "relaxed",
     )
-    async with open_store(Path(settings.state.directory), limits, metrics) as store:
+    async with open_store(Path(state.directory), limits, metrics) as store:
         with ThreadPoolExecutor(RUN_THREADS, thread_name_prefix="run") as threads:
             yield _Agent.build(settings, store, metrics, health, threads, way_out)
         health.live("store", lambda: None)  # closed on purpose: nobody is to be ended for it
@@ -290,7 +299,9 @@ def _place(settings: AgentSettings) -> Place:
 def _recorder_options(settings: AgentSettings) -> RecorderOptions:
     batch = settings.batch
     return RecorderOptions(
-        BatchLimits(batch.max_delay_millis / 1000, batch.max_bytes), _CODECS[batch.codec]
+        BatchLimits(batch.max_delay_millis / 1000, batch.max_bytes),
+        _CODECS[batch.codec],
+        batch.max_queue_bytes,
     )
 
 

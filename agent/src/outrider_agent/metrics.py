@@ -51,7 +51,7 @@ class AgentMetrics:
         self.connects = Counter(
             "outrider_agent_connects_total",
             "Tries to connect, by net mode (sd, private, public) and result (ok, unreachable, "
-            "refused, failed).",
+            "refused, pushed_back, failed).",
             ["net_mode", "result"],
             registry=registry,
         )
@@ -89,6 +89,23 @@ class AgentMetrics:
         self.acked_batches = Counter(
             "outrider_agent_acked_batches_total", "Batches acknowledged.", registry=registry
         )
+        self.rejected_batches = Counter(
+            "outrider_agent_rejected_batches_total",
+            "Batches that a server does not take as they are, by what became of them (too_large: "
+            "made into smaller ones; indivisible and other: kept).",
+            ["reason"],
+            registry=registry,
+        )
+        self.in_flight_bytes = Gauge(
+            "outrider_agent_in_flight_bytes",
+            "Bytes of batches sent and not acknowledged yet.",
+            registry=registry,
+        )
+        self.slowed_seconds = Counter(
+            "outrider_agent_slowed_seconds_total",
+            "Time in which a server wanted no batches.",
+            registry=registry,
+        )
 
     def _records(self, registry: CollectorRegistry) -> None:
         self.records = Counter(
@@ -96,8 +113,8 @@ class AgentMetrics:
         )
         self.dropped_records = Counter(
             "outrider_agent_dropped_records_total",
-            "Records given up, by class and reason (queue_full, outbox_full, too_large, damaged, "
-            "stopping).",
+            "Records given up, by class and reason (queue_full, refused, outbox_full, disk_low, "
+            "too_large, damaged, stopping).",
             ["class", "reason"],
             registry=registry,
         )
@@ -115,12 +132,24 @@ class AgentMetrics:
             "outrider_agent_outbox_batches", "Batches in the outbox.", registry=registry
         )
         self.outbox_limit_bytes = Gauge(
-            "outrider_agent_outbox_limit_bytes", "Bound of the outbox.", registry=registry
+            "outrider_agent_outbox_limit_bytes",
+            "Bound of the outbox: the setting, or less while the disk has little room.",
+            registry=registry,
+        )
+        self.split_batches = Counter(
+            "outrider_agent_split_batches_total",
+            "Batches that were made smaller because a server does not take them.",
+            registry=registry,
         )
         self.commits = Histogram(
             "outrider_agent_store_commit_seconds",
             "Time of a commit of the agent's file, for a group of operations.",
             buckets=_FAST,
+            registry=registry,
+        )
+        self.syncs = Counter(
+            "outrider_agent_store_syncs_total",
+            "Commits of the agent's file that waited for the disk.",
             registry=registry,
         )
         self.store_operations = Counter(

@@ -1,17 +1,13 @@
-"""Output within limits, batches, eviction, routes and rates."""
+"""Output within limits, routes and rates."""
 
 import base64
 
 from hypothesis import given
 from hypothesis import strategies as st
-from outrider_agent.core import eviction, output, routes
-from outrider_agent.core.batching import Batcher, BatchLimits
-from outrider_agent.core.eviction import BatchInfo
+from outrider_agent.core import output, routes
 from outrider_agent.core.output import CHUNK_BYTES, Output, as_text
-from outrider_agent.core.records import RecordClass
 from outrider_agent.core.routes import NetMode, plan
 from outrider_agent.core.traffic import Rates
-from outrider_proto.v1 import agent_pb2 as pb
 
 
 @given(
@@ -68,56 +64,6 @@ def test_text_loses_nothing(data: bytes) -> None:
     assert (text.encode() if encoding == "utf-8" else base64.b64decode(text)) == data
     assert encoding in ("utf-8", "base64")
     assert output.as_text(b"\xff")[1] == "base64"
-
-
-def record(size: int) -> pb.EncodedRecord:
-    return pb.EncodedRecord(data_type=1, data=b"x" * size)
-
-
-def test_a_batch_is_due_after_its_delay_or_at_its_size() -> None:
-    batcher = Batcher(BatchLimits(max_delay=0.1, max_bytes=1000))
-    assert batcher.due() is None
-    batcher.add(record(10), now=5.0)
-    batcher.add(record(10), now=5.05)
-    assert batcher.due() == 5.1
-    batcher.add(record(1000), now=5.06)
-    assert batcher.due() == float("-inf")
-
-
-@given(st.lists(st.integers(0, 400), max_size=50))
-def test_batches_hold_every_record_once_in_order_within_limits(sizes: list[int]) -> None:
-    limits = BatchLimits(max_delay=1, max_bytes=500, max_records=7)
-    batcher = Batcher(limits)
-    made = [record(size) for size in sizes]
-    for number, item in enumerate(made):
-        item.timestamp = number
-        batcher.add(item, 0.0)
-    taken = []
-    while batcher.due() is not None:
-        batch = batcher.take(0.0)
-        assert 0 < len(batch) <= 7
-        assert sum(len(r.data) for r in batch[:-1]) < 500
-        taken += batch
-    assert [r.timestamp for r in taken] == list(range(len(sizes)))
-    assert batcher.bytes == 0
-
-
-def test_the_least_class_goes_first_and_its_oldest() -> None:
-    totals = {RecordClass.RESULT: 10, RecordClass.LOG: 0, RecordClass.TELEMETRY: 5}
-    assert eviction.class_order(totals) == [RecordClass.TELEMETRY, RecordClass.RESULT]
-    batches = [BatchInfo(n, RecordClass.TELEMETRY, size=10, records=1) for n in (1, 2, 3)]
-    assert [b.seq for b in eviction.choose(batches, 15)] == [1, 2]
-    assert eviction.choose(batches, 0) == []
-
-
-def test_losses_add_up() -> None:
-    losses = eviction.Losses()
-    assert not losses
-    for seq in (7, 3):
-        losses.add(BatchInfo(seq, RecordClass.LOG, size=10, records=4))
-    loss = losses.by_class[RecordClass.LOG]
-    assert (loss.batches, loss.records, loss.bytes) == (2, 8, 20)
-    assert (loss.first_seq, loss.last_seq) == (3, 7)
 
 
 def test_routes_go_from_discovered_over_private_to_public() -> None:

@@ -120,21 +120,21 @@ async def test_a_disk_that_fails_for_a_while_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with made_in(tmp_path) as made:
-        made.recorder._backoff._cap = 0.01
-        good, tries = made.store.append_batch, 0
+        made.recorder._queues[RecordClass.LOG].backoff._cap = 0.01
+        good, tries = made.store.append_batches, 0
 
         async def fail(new: object) -> object:
             nonlocal tries
             tries += 1
             raise StorageError("disk full")
 
-        monkeypatch.setattr(made.store, "append_batch", fail)
+        monkeypatch.setattr(made.store, "append_batches", fail)
         made.recorder.submit(record("1"), RecordClass.LOG)
         async with asyncio.timeout(10):
             while tries < 3:
                 await asyncio.sleep(0.01)
         made.recorder.submit(record("2"), RecordClass.LOG)
-        monkeypatch.setattr(made.store, "append_batch", good)
+        monkeypatch.setattr(made.store, "append_batches", good)
         found = await made.until_stored(2)
     assert [r.timestamp for batch in found for r in batch] == [1, 2]
 

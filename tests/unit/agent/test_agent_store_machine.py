@@ -8,12 +8,14 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from fakes.agent_parts import batch_of, run_state, store_in
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
+from outrider_agent.core.storage import OutboxFullError
 from outrider_agent.store.store import Store, StoreLimits
 from outrider_proto import batches
 from outrider_proto.v1 import agent_pb2 as pb
@@ -75,13 +77,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(record_class=st.sampled_from(RecordClass), size=st.integers(1, 2_000))
     def append(self, record_class: RecordClass, size: int) -> None:
         new = batch_of("x" * size, record_class)
-        made = batches.encode(
-            new.records,
+        made = batches.pack(
+            b"".join(new.held.entries),
+            count=1,
+            data_types=new.held.data_types,
             epoch=self.epoch,
             seq=self.next_seq,
             codec=new.codec,
             created_unix_nanos=new.created_unix_nanos,
         )
+        results = sum(s for c, s in self.batches.values() if c is RecordClass.RESULT)
+        if record_class is RecordClass.RESULT and results + made.ByteSize() > MAX_BYTES:
+            with pytest.raises(OutboxFullError):
+                self.do(self.store.append_batch(new))
+            return
         done = self.do(self.store.append_batch(new))
         assert done.seq == self.next_seq
         self.next_seq += 1

@@ -21,6 +21,10 @@ class JournalFullError(StorageError):
     """No room for another run, until results are acknowledged; the text says how many wait."""
 
 
+class OutboxFullError(StorageError):
+    """No room for another result, until results are acknowledged; the text says how much waits."""
+
+
 @dataclass(frozen=True)
 class Process:
     """The leader of a run's process group, in a way that survives the agent.
@@ -135,7 +139,8 @@ class Outbox(Protocol):
     async def split_batch(self, epoch: int, seq: int, max_bytes: int) -> int:
         """Put smaller batches with new numbers in a batch's place; how many, 0: nothing to split.
 
-        A batch of one record is left as it is. Records that were in it stay in their order.
+        A batch of one record is left as it is; another one becomes two at least, so that whatever
+        a server does not take gets smaller. Records that were in it stay in their order.
         """
         ...
 

@@ -38,6 +38,8 @@ _COMPANIONS: Final = ("-wal", "-shm")
 KEPT_DAMAGED: Final = 2
 #: Bound of the write-ahead log after a checkpoint, bytes.
 _WAL_BYTES: Final = 16 * 1024 * 1024
+#: Length of the log at which it is moved into the file, pages of 4 KiB.
+_WAL_PAGES: Final = 2048
 
 #: Each entry takes the schema from the version of its index to the next one. Never changed once
 #: released, only added to.
@@ -178,6 +180,12 @@ def open_database(directory: Path, *, now: Callable[[], float] = time.time) -> O
         )
         connection = _open_checked(path, now)
     suspect.unlink(missing_ok=True)
+    # Numbers that an agent had reserved and did not give back: batches may have had them that were
+    # sent and then lost with the machine's power; see store.outbox.
+    connection.execute(
+        "UPDATE meta SET value = max(value, coalesce("
+        "(SELECT value FROM meta WHERE name = 'reserved_seq'), 0)) WHERE name = 'next_seq'"
+    )
     (epoch,) = connection.execute("SELECT value FROM meta WHERE name = 'epoch'").fetchone()
     return Opened(connection, epoch, damaged)
 
@@ -213,9 +221,14 @@ def _open_checked(path: Path, now: Callable[[], float]) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
+    # Of a new file only, and before anything is in it: space can be given back to a full disk.
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
-    # FULL: what was acknowledged to a caller survives a power cut, not just a kill.
+    # FULL: what was acknowledged to a caller survives a power cut, not just a kill. The thread
+    # that owns the connection switches it where less will do; see store.worker.
     connection.execute("PRAGMA synchronous = FULL")
+    # Batches that are soon acknowledged never reach the file itself, if their log is long enough.
+    connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
     connection.execute("PRAGMA cache_size = -1024")
     connection.execute("PRAGMA busy_timeout = 2000")

@@ -1,70 +1,72 @@
-"""The agent's file for the rest of the agent: async methods, one thread, group commit.
+"""The agent's file for the rest of the agent: async methods, each back once its work is done.
 
-Operations that wait together share one transaction and so one sync of the disk; each has a
-savepoint, so that one that fails takes no other with it. A method returns once its work is on
-disk. Nobody else touches the connection.
+Done means on the disk, but for what durability `relaxed` lets be late; see store.worker, which has
+the thread that does it all.
 """
 
 import asyncio
 import contextlib
-import queue
 import sqlite3
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from outrider_proto.batches import BatchError
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime.logs import get_logger
 
-from outrider_agent.core.eviction import Losses
+from outrider_agent.core.eviction import Bounds, Losses, crowded_out
+from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
-from outrider_agent.core.storage import Backlog, Process, StorageError, Unfinished, Waiting
-from outrider_agent.metrics import AgentMetrics
-from outrider_agent.store import journal, outbox
-from outrider_agent.store.database import (
-    SUSPECT_NAME,
-    Lock,
-    Opened,
-    StoreDamagedError,
-    is_damage,
-    open_database,
+from outrider_agent.core.storage import (
+    Backlog,
+    OutboxFullError,
+    Process,
+    Unfinished,
+    Waiting,
 )
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.store import journal, outbox, space
+from outrider_agent.store.database import SUSPECT_NAME, Lock, Opened, open_database
+from outrider_agent.store.worker import Hooks, Sync, Worker
 
 log = get_logger("outrider.store")
 T = TypeVar("T")
 
-#: Most operations in one transaction.
-GROUP = 256
-#: Most operations that wait; callers wait for a place.
-MAX_WAITING = 1024
-#: An operation that takes longer than this means that the disk or the thread hangs, seconds.
-STUCK_SECONDS = 60.0
-
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Bounds of what is kept.
+    """Bounds of what is kept, and how well.
 
     Attributes:
         max_outbox_bytes: Most bytes of batches.
         tombstone_seconds: How long acknowledged runs are remembered.
         max_tombstones: Most of them.
+        result_reserve_bytes: How many bytes of results may be beyond max_outbox_bytes.
+        min_free_bytes: Free bytes to leave on the disk.
+        min_free_percent: The same in percent of its size; the larger one counts.
+        relaxed: Whether batches may be synced to the disk a moment after they count as stored.
     """
 
     max_outbox_bytes: int
     tombstone_seconds: int
     max_tombstones: int
+    result_reserve_bytes: int = 0
+    min_free_bytes: int = 0
+    min_free_percent: float = 0.0
+    relaxed: bool = False
 
-
-@dataclass
-class _Operation:
-    work: Callable[[sqlite3.Connection], Any]
-    future: asyncio.Future[Any]
-    result: Any = None
-    error: Exception | None = None
+    @property
+    def bounds(self) -> Bounds:
+        """Those of the outbox."""
+        return Bounds(
+            self.max_outbox_bytes,
+            self.result_reserve_bytes,
+            self.min_free_bytes,
+            self.min_free_percent,
+        )
 
 
 class Store:
@@ -73,25 +75,34 @@ class Store:
     def __init__(
         self, directory: Path, opened: Opened, limits: StoreLimits, metrics: AgentMetrics
     ) -> None:
-        self._suspect = directory / SUSPECT_NAME
+        self._directory = directory
         self.epoch = opened.epoch
         self.damaged = opened.damaged
-        self._db = opened.connection
-        self._limits = limits
-        self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
-        self._places = asyncio.Semaphore(MAX_WAITING)
-        self._busy_since: float | None = None
-        self._failed: asyncio.Future[None] = self._loop.create_future()
-        self._closed = False
+        #: The highest number that a batch was given; 0 before the first.
+        self.last_seq = outbox.last_seq(opened.connection)
         #: What waits in the outbox, as last known.
         self.backlog = Backlog(0, 0)
-        self._thread = threading.Thread(target=self._work, name="store", daemon=True)
-        self._thread.start()
+        #: Classes of records that have no room because of worthier ones, as last known.
+        self.crowded: frozenset[RecordClass] = frozenset()
+        #: What was given up and not told yet, by reason.
+        self.losses: dict[str, Losses] = {}
         #: Called on the loop after batches were added to the outbox.
         self.on_append: Callable[[], None] = lambda: None
-        metrics.store_queue.set_function(self._queue.qsize)
+        #: Called on the loop after the outbox got smaller.
+        self.on_room: Callable[[], None] = lambda: None
+        self._db = opened.connection
+        self._limits = limits
+        self._bounds = limits.bounds
+        self._metrics = metrics
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Of the thread, which alone writes them.
+        self._limit = limits.max_outbox_bytes
+        self._next_look = 0.0
+        hooks = Hooks(
+            unsynced=_reservation if limits.relaxed else None, tend=self._tend, damaged=self._damage
+        )
+        self._worker = Worker(opened.connection, hooks, metrics)
+        self._worker.start()
         metrics.outbox_limit_bytes.set(limits.max_outbox_bytes)
 
     # Runs.
@@ -124,15 +135,15 @@ class Store:
 
     async def find_run(self, key: RunKey) -> pb.RunState | None:
         """The state of a run, also of an acknowledged one."""
-        return await self._do(lambda db: journal.find(db, key))
+        return await self._do(lambda db: journal.find(db, key), Sync.NEVER)
 
     async def run_states(self) -> list[pb.RunState]:
         """All runs whose result was not acknowledged."""
-        return await self._do(journal.states)
+        return await self._do(journal.states, Sync.NEVER)
 
     async def unfinished_runs(self) -> list[Unfinished]:
         """All runs that have not ended."""
-        return await self._do(journal.unfinished)
+        return await self._do(journal.unfinished, Sync.NEVER)
 
     async def ack_runs(self, keys: list[RunKey]) -> int:
         """Forget the results of ended runs but for a tombstone; how many there were."""
@@ -154,160 +165,182 @@ class Store:
 
         Raises:
             BatchError: It is beyond the limits of the wire.
+            OutboxFullError: It holds results, and there are too many of them already.
             StorageError: It could not be written.
         """
-        limit = self._limits.max_outbox_bytes
-        done = await self._do(lambda db: outbox.append(db, new, epoch=self.epoch, max_bytes=limit))
-        self._observe(done.totals)
-        self._count("outbox_full", done.losses)
-        self.on_append()
+        (done,) = await self.append_batches([new])
+        if isinstance(done, Exception):
+            raise done
         return done
 
+    async def append_batches(
+        self, news: Sequence[outbox.NewBatch]
+    ) -> list[outbox.Appended | BatchError | OutboxFullError]:
+        """Add batches in one commit; what became of each.
+
+        Raises:
+            StorageError: None of them could be written.
+        """
+
+        def append(
+            db: sqlite3.Connection,
+        ) -> list[outbox.Appended | BatchError | OutboxFullError]:
+            room = outbox.Room(self._bounds, self._limit, reserved=self._limits.relaxed)
+            results: list[outbox.Appended | BatchError | OutboxFullError] = []
+            for new in news:
+                try:
+                    results.append(outbox.append(db, new, room, epoch=self.epoch))
+                except (BatchError, OutboxFullError) as error:  # nothing was written for it
+                    results.append(error)
+            return results
+
+        results = await self._do(append, Sync.SOON)
+        done = [result for result in results if isinstance(result, outbox.Appended)]
+        for appended in done:
+            self._lost(self._full_reason(), appended.losses)
+        if done:
+            self.last_seq = max(self.last_seq, done[-1].seq)
+            self._observe(done[-1].totals)
+            self.on_append()
+        return results
+
     async def batches_after(
-        self, seq: int, limit: int, *, at_least_one: bool = False
+        self,
+        seq: int,
+        limit: int,
+        *,
+        upto: int | None = None,
+        classes: Collection[RecordClass] | None = None,
+        at_least_one: bool = False,
     ) -> list[Waiting]:
-        """The batches that follow `seq`, oldest first, at most `limit` bytes of them."""
-        found = await self._do(lambda db: outbox.after(db, seq, limit, at_least_one=at_least_one))
-        if found.damaged:
-            self._count("damaged", found.damaged)
-            log.error("batches were damaged on disk and are lost", losses=str(found.damaged))
+        """The batches that follow `seq`, oldest first, at most `limit` bytes of them.
+
+        Args:
+            seq: Those above this number.
+            limit: Most bytes altogether.
+            upto: Those up to this number only.
+            classes: Those of these classes only.
+            at_least_one: The first comes whatever its size.
+        """
+        found = await self._do(
+            lambda db: outbox.after(
+                db, seq, limit, upto=upto, classes=classes, at_least_one=at_least_one
+            ),
+            Sync.NEVER,
+        )
+        self._lost("damaged", found.damaged)
         return found.batches
+
+    async def split_batch(self, epoch: int, seq: int, max_bytes: int) -> int:
+        """Put smaller batches with new numbers in a batch's place; how many, 0: nothing to split.
+
+        A batch of one record is left as it is; another one becomes two at least. Records that were
+        in it stay in their order.
+        """
+        if epoch != self.epoch:
+            return 0
+        # Synced at once: there may be more pieces than numbers were reserved.
+        done = await self._do(lambda db: outbox.split(db, seq, max_bytes))
+        self._lost("damaged", done.damaged)
+        self.last_seq = max(self.last_seq, done.seq)
+        self._observe(done.totals)
+        if done.pieces:
+            self._metrics.split_batches.inc()
+            self.on_append()
+        return done.pieces
 
     async def ack_batches(self, epoch: int, first: int, last: int) -> int:
         """Forget batches; how many there were. Those of another epoch are not here."""
         if epoch != self.epoch:
             return 0
-        count, totals = await self._do(lambda db: outbox.acknowledge(db, first, last))
+        # Not synced: after a power loss they are sent again, and the reader drops them.
+        count, totals = await self._do(lambda db: outbox.acknowledge(db, first, last), Sync.NEVER)
         self._metrics.acked_batches.inc(count)
         self._observe(totals)
+        self.on_room()
         return count
 
     async def totals(self) -> outbox.Totals:
         """What the outbox holds."""
-        totals = await self._do(outbox.totals)
+        totals = await self._do(outbox.totals, Sync.NEVER)
         self._observe(totals)
         return totals
 
     def _observe(self, totals: outbox.Totals) -> None:
         self.backlog = Backlog(totals.bytes, totals.batches)
+        self.crowded = crowded_out(totals.by_class, self._limit)
         self._metrics.outbox_bytes.set(totals.bytes)
         self._metrics.outbox_batches.set(totals.batches)
 
-    def _count(self, reason: str, losses: Losses) -> None:
+    def _full_reason(self) -> str:
+        return "outbox_full" if self._limit >= self._limits.max_outbox_bytes else "disk_low"
+
+    def _lost(self, reason: str, losses: Losses) -> None:
+        if not losses:
+            return
         for record_class, loss in losses.by_class.items():
             self._metrics.dropped_records.labels(record_class.name.lower(), reason).inc(
                 loss.records
             )
+        if reason == "damaged":
+            log.error("batches were damaged on disk and are lost", losses=str(losses))
+        self.losses.setdefault(reason, Losses()).merge(losses)
+
+    # Free space; the first of these in the thread.
+
+    def _tend(self, db: sqlite3.Connection) -> None:
+        """Look at the disk now and then, and keep the outbox to what it has room for."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + space.LOOK_SECONDS
+        try:
+            disk = space.disk_of(self._directory)
+            limit = self._limit = space.limit(db, self._bounds, disk)
+            losses = self._worker.transact(lambda db: outbox.make_room(db, limit), full=False)
+            totals = outbox.totals(db)
+            self._worker.later(self._tended, losses, totals)
+            space.give_back(db, self._bounds.shortage(disk))
+        except (OSError, sqlite3.Error) as error:
+            log.warning("the outbox could not be kept to the room on its disk", error=str(error))
+
+    def _tended(self, losses: Losses, totals: outbox.Totals) -> None:
+        self._metrics.outbox_limit_bytes.set(self._limit)
+        self._lost("disk_low", losses)
+        self._observe(totals)
+        self.on_room()
 
     # Life.
 
     def check(self) -> str | None:
         """For the liveness probe: what is wrong with the thread, None if nothing is."""
-        if not self._thread.is_alive():
-            return "the store's thread has ended"
-        since = self._busy_since
-        if since is not None and time.monotonic() - since > STUCK_SECONDS:
-            return f"the store has been busy with one commit for more than {STUCK_SECONDS:g} s"
-        return None
+        return self._worker.problem()
 
     async def watch(self) -> None:
         """Wait for ever; raises StoreDamagedError once the file turns out to be damaged."""
         await asyncio.shield(self._failed)
 
+    def _damage(self, error: Exception) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # perhaps nobody watches
+            with contextlib.suppress(OSError):  # then the checks at the next start must do
+                (self._directory / SUSPECT_NAME).touch()
+
     async def close(self) -> None:
         """Finish what waits, then close the file."""
-        if self._closed:
-            return
-        self._closed = True
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await self._worker.close()
+        with contextlib.suppress(sqlite3.Error):  # numbers are skipped then: no harm
+            outbox.give_up_reserved(self._db)
         self._db.close()
         if not self._failed.done():
             self._failed.cancel()
 
-    async def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        async with self._places:
-            if self._closed or not self._thread.is_alive():
-                raise StorageError("the store is closed")
-            future: asyncio.Future[T] = self._loop.create_future()
-            self._queue.put(_Operation(work, future))
-            # A caller that is cancelled must not take the work with it: it may be half done.
-            return await asyncio.shield(future)
-
-    # The thread.
-
-    def _work(self) -> None:
-        closing = False
-        while not closing:
-            group = [self._queue.get()]
-            while len(group) < GROUP and group[-1] is not None:
-                try:
-                    group.append(self._queue.get_nowait())
-                except queue.Empty:
-                    break
-            closing = group[-1] is None
-            operations = [o for o in group if o is not None]
-            if operations:
-                self._busy_since = time.monotonic()
-                self._commit(operations)
-                self._metrics.commits.observe(time.monotonic() - self._busy_since)
-                self._busy_since = None
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                    self._loop.call_soon_threadsafe(self._resolve, operations)
-
-    def _commit(self, operations: list[_Operation]) -> None:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for operation in operations:
-                self._apply(operation)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-            for operation in operations:
-                operation.error = _translate(error)
-
-    def _apply(self, operation: _Operation) -> None:
-        self._db.execute("SAVEPOINT operation")
-        try:
-            operation.result = operation.work(self._db)
-        except sqlite3.Error as error:
-            if not self._db.in_transaction:  # some errors end the whole transaction
-                raise
-            operation.error = _translate(error)
-            self._db.execute("ROLLBACK TO operation")
-        except Exception as error:  # noqa: BLE001 - handed to the caller, whose error it is
-            operation.error = error
-            self._db.execute("ROLLBACK TO operation")
-        self._db.execute("RELEASE operation")
-
-    def _resolve(self, operations: list[_Operation]) -> None:
-        self._metrics.store_operations.inc(len(operations))
-        for operation in operations:
-            if operation.error is None:
-                _set(operation.future, operation.result)
-                continue
-            self._metrics.store_failures.inc()
-            if isinstance(operation.error, StoreDamagedError) and not self._failed.done():
-                self._failed.set_exception(operation.error)
-                self._failed.exception()  # perhaps nobody watches
-                with contextlib.suppress(OSError):  # then the checks at the next start must do
-                    self._suspect.touch()
-            if not operation.future.done():
-                operation.future.set_exception(operation.error)
-                operation.future.exception()  # its caller may be gone: that is no news
+    async def _do(self, work: Callable[[sqlite3.Connection], T], sync: Sync = Sync.NOW) -> T:
+        return await self._worker.do(work, sync)
 
 
-def _set(future: asyncio.Future[Any], result: object) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _translate(error: sqlite3.Error) -> Exception:
-    if is_damage(error):
-        return StoreDamagedError(f"the state file is damaged: {error}")
-    return StorageError(f"the state file cannot be used now: {error}")
+def _reservation(db: sqlite3.Connection) -> Callable[[sqlite3.Connection], None] | None:
+    return outbox.reserve if outbox.must_reserve(db) else None
 
 
 @contextlib.asynccontextmanager
