@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     wanted = Wanted(arguments.task_uid, arguments.node, arguments.attempt, arguments.since)
     try:
-        return _print(_settings(rest), wanted)
+        return _print(read_settings("outrider_operator.output", rest), wanted)
     except SettingsError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -51,13 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _settings(argv: Sequence[str]) -> ServerSettings:
+def read_settings(program: str, argv: Sequence[str]) -> ServerSettings:
+    """The settings of the server that runs beside this program.
+
+    Raises:
+        SettingsError: They cannot be used.
+    """
     environ = dict(os.environ)
     if Path(SETTINGS_FILE).exists():
         environ.setdefault("OUTRIDER_CONFIG", SETTINGS_FILE)
     return load(
         ServerSettings,
-        program="outrider_operator.output",
+        program=program,
         version=version("outrider-operator"),
         argv=argv,
         environ=environ,
