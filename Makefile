@@ -93,6 +93,10 @@ test-integration: setup ## the tests against a real API server and a real Kafka
 test-e2e: setup ## the tests on the three-node cluster, with the chart
 	$(PYTEST) tests/e2e
 
+.PHONY: soak
+soak: setup ## faults that take long: the broker away for 5 minutes with 50 agents (10 minutes)
+	PYTHONPATH=tests $(BIN)/pytest tests/soak
+
 .PHONY: format
 format: setup ## format the code and mend what the linter can
 	$(BIN)/ruff format .
@@ -109,6 +113,11 @@ bench-fanout: setup ## time, memory and writes of one task on 5,000 agents (10 m
 .PHONY: bench-salt
 bench-salt: setup ## the same job by Salt and by Outrider on 50 nodes (NODES=10 for a look)
 	$(BENCH) swarm.salt --nodes $(or $(NODES),50)
+
+.PHONY: bench-ingest
+bench-ingest: setup ## records a second and CPU-second, latency, memory, the agent's cost (20 minutes; LOOK=1 for a look)
+	$(BENCH) records.ingest --profile $(if $(LOOK),--look) $(if $(PARTS),--parts $(PARTS)) \
+	  $(if $(AGENTS),--agents $(AGENTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # ---------------------------------------------------------------- seeing it
 

@@ -17,12 +17,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 import uvloop
+from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey, accepted, advance, is_final, key_of, tombstone
 from outrider_agent.core.storage import Backlog, Waiting
 from outrider_agent.metrics import AgentMetrics
@@ -99,13 +100,24 @@ class NoOutbox:
     """An outbox that nothing is ever put into."""
 
     epoch = 1
+    last_seq = 0
     backlog = Backlog(0, 0)
 
     async def batches_after(
-        self, seq: int, limit: int, *, at_least_one: bool = False
+        self,
+        seq: int,
+        limit: int,
+        *,
+        upto: int | None = None,
+        classes: Collection[RecordClass] | None = None,
+        at_least_one: bool = False,
     ) -> list[Waiting]:
         """Nothing waits."""
         return []
+
+    async def split_batch(self, epoch: int, seq: int, max_bytes: int) -> int:
+        """There is none."""
+        return 0
 
     async def ack_batches(self, epoch: int, first: int, last: int) -> int:
         """Nothing was sent."""

@@ -101,7 +101,7 @@ class Report:
     def __init__(self, file: Path | None, common: dict[str, Any]) -> None:
         self._file = file
         self._common = {**common, "cores": os.cpu_count()}
-        self._rows: list[tuple[str, float, str, float | None]] = []
+        self._rows: list[tuple[str, float, str, float | None, float | None]] = []
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("")
@@ -115,19 +115,27 @@ class Report:
             with self._file.open("a") as out:
                 out.write(text + "\n")
 
-    def bound(self, name: str, value: float, unit: str, most: float | None) -> None:
-        """Note a figure for the table, and what it may be at most, if anything."""
-        self._rows.append((name, value, unit, most))
+    def bound(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        most: float | None = None,
+        least: float | None = None,
+    ) -> None:
+        """Note a figure for the table, and what it may be at most or at least, if anything."""
+        self._rows.append((name, value, unit, most, least))
 
     def table(self) -> bool:
         """Print the table; True if every figure is within its bound."""
-        shown = Table("FIGURE", "VALUE", "AT MOST", "", box=None, pad_edge=False, padding=(0, 2))
+        shown = Table("FIGURE", "VALUE", "BOUND", "", box=None, pad_edge=False, padding=(0, 2))
         good = True
-        for name, value, unit, most in self._rows:
-            kept = most is None or value <= most
+        for name, value, unit, most, least in self._rows:
+            kept = (most is None or value <= most) and (least is None or value >= least)
             good = good and kept
-            bound = "" if most is None else f"{most:g} {unit}"
-            verdict = "" if most is None else ("ok" if kept else "MISSED")
-            shown.add_row(name, f"{value:.4g} {unit}", bound, verdict)
+            bounds = [] if most is None else [f"at most {most:g} {unit}"]
+            bounds += [] if least is None else [f"at least {least:g} {unit}"]
+            verdict = ("ok" if kept else "MISSED") if bounds else ""
+            shown.add_row(name, f"{value:.4g} {unit}", ", ".join(bounds), verdict)
         Console(highlight=False, width=110).print(shown)
         return good

@@ -12,12 +12,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from cluster.controlplane import ControlPlane
 from cluster.kafka import BROKER, HOST, KafkaBroker
 from cluster.paths import ROOT
@@ -36,6 +38,20 @@ DRAIN_SECONDS = 120.0
 REPORTS = ROOT / "dist" / "records-faults.jsonl"
 THROTTLE = "throttle"
 CLOCK = clock.__file__
+#: Folder of the broker's log.
+LOG = "broker-log"
+#: Settings of servers that notice soon what happens.
+QUICK = {
+    "gateway": {"drainSeconds": 5, "drainSpreadSeconds": 0.5},
+    "sink": {
+        "kafka": {
+            "partitions": 3,
+            "replicationFactor": 1,
+            "requestTimeoutSeconds": 3,
+            "retryCapSeconds": 1,
+        }
+    },
+}
 
 
 class FrontedBroker(KafkaBroker):
@@ -329,6 +345,37 @@ class Fleet:
             and status["made"] == status["accepted"]
             and not status["waiting"]
         )
+
+
+@contextmanager
+def running_fleet(
+    folders: pytest.TempPathFactory, size: Size, server: Mapping[str, Any], log_mib: int = 0
+) -> Iterator[Fleet]:
+    """A fleet with a control plane of its own, under no load.
+
+    Args:
+        folders: where its files go.
+        size: how large it is.
+        server: settings of its servers, laid over the usual ones.
+        log_mib: above 0, and for root: the broker's log has a file system of that size.
+    """
+    folder = folders.mktemp("fleet")
+    data = folder / LOG
+    data.mkdir()
+    mounted = log_mib > 0 and os.geteuid() == 0
+    if mounted:
+        small_file_system(data, log_mib)
+    try:
+        with ControlPlane(folders.mktemp("plane")) as plane:
+            fleet = Fleet(plane, folder, data, size, server)
+            try:
+                fleet.start()
+                yield fleet
+            finally:
+                fleet.stop()
+    finally:
+        if mounted:
+            unmount(data)
 
 
 def small_file_system(folder: Path, mib: int) -> None:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from cluster.controlplane import ControlPlane
 from cluster.kafka import BROKER
-from counted.fleet import Fleet, Size, small_file_system, unmount
+from counted.fleet import LOG, QUICK, Fleet, Size, running_fleet
 from counted.ledger import Account
 
 #: Each waits for processes that start anew, should the machine be busy.
@@ -22,17 +21,6 @@ pytestmark = pytest.mark.timeout(400)
 
 #: Of the file system with the broker's log.
 LOG_MIB = 384
-SERVER = {
-    "gateway": {"drainSeconds": 5, "drainSpreadSeconds": 0.5},
-    "sink": {
-        "kafka": {
-            "partitions": 3,
-            "replicationFactor": 1,
-            "requestTimeoutSeconds": 3,
-            "retryCapSeconds": 1,
-        }
-    },
-}
 HOUR = 3600
 Finish = Callable[[], Account]
 
@@ -41,20 +29,8 @@ Finish = Callable[[], Account]
 def shared(
     control_plane_programs: None, kafka_jars_folder, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("fleet")
-    data = folder / "broker-log"
-    data.mkdir()
-    if os.geteuid() == 0:  # nobody else may mount
-        small_file_system(data, LOG_MIB)
-    with ControlPlane(tmp_path_factory.mktemp("plane")) as plane:
-        fleet = Fleet(plane, folder, data, Size(), SERVER)
-        try:
-            fleet.start()
-            yield fleet
-        finally:
-            fleet.stop()
-            if os.geteuid() == 0:
-                unmount(data)
+    with running_fleet(tmp_path_factory, Size(), QUICK, LOG_MIB) as fleet:
+        yield fleet
 
 
 @pytest.fixture
@@ -101,7 +77,7 @@ def test_broker_away_for_a_minute(fleet: Fleet, count: Finish) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_disk_of_the_broker_full(fleet: Fleet, count: Finish) -> None:
-    ballast = fleet.folder / "broker-log" / "ballast"
+    ballast = fleet.folder / LOG / "ballast"
     with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(bytes(1024 * 1024))
