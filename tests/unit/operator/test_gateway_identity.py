@@ -89,6 +89,7 @@ def test_the_list_of_methods_is_exactly_this() -> None:
         "/grpc.health.v1.Health/Watch": agent | server,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": agent | server,
         "/outrider.v1.AgentService/Transfer": agent,
+        "/grpc.Transfer/Transfer": agent,
         "/outrider.v1.AgentService/Ping": agent | server,
         "/outrider.v1.FleetService/Link": server,
     } == METHODS

@@ -1,15 +1,23 @@
-"""The bound on batches in flight: never passed, first come, first served, nothing leaks."""
+"""The way into the sink: the bound is never passed, nothing leaks, every batch gets its answer."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
-from fakes.gateway import make_batch
+from fakes.gateway import eventually, make_batch
 from fakes.memory_sink import MemorySink
 from hypothesis import given
 from hypothesis import strategies as st
-from outrider_operator.core.sink import Origin
-from outrider_operator.gateway.intake import BATCH_COST_BYTES, ByteBudget, Intake
+from outrider_operator.core.sink import (
+    Origin,
+    SinkError,
+    SinkRejectedError,
+    SinkUnavailableError,
+)
+from outrider_operator.gateway.budget import ByteBudget
+from outrider_operator.gateway.intake import BATCH_COST_BYTES, Intake
 from outrider_operator.metrics import ServerMetrics
+from outrider_proto.v1.agent_pb2 import RecordBatch
 from prometheus_client import CollectorRegistry
 
 
@@ -71,16 +79,13 @@ async def test_cancelled_at_the_moment_it_is_granted_leaks_nothing() -> None:
 def test_bound_holds_and_all_is_given_back(sizes: list[tuple[int, bool]]) -> None:
     async def scenario() -> None:
         most = 0
-
-        def note(held: int) -> None:
-            nonlocal most
-            most = max(most, held)
-
-        budget = ByteBudget(10, note)
+        budget = ByteBudget(10)
 
         async def use(size: int) -> None:
+            nonlocal most
             await budget.take(size)
             try:
+                most = max(most, budget.held)
                 await asyncio.sleep(0)
             finally:
                 budget.give_back(size)
@@ -99,37 +104,215 @@ def test_bound_holds_and_all_is_given_back(sizes: list[tuple[int, bool]]) -> Non
     asyncio.run(scenario())
 
 
+class Sender:
+    """An owner of batches that writes down what it is told."""
+
+    def __init__(self, *, splits: bool = True) -> None:
+        self.closed = False
+        self.splits = splits
+        self.told: list[tuple[str, int]] = []
+
+    def stored(self, batch: RecordBatch, size: int) -> None:
+        assert size == batch.ByteSize()
+        self.told.append(("stored", batch.seq))
+
+    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+        self.told.append((f"split {max_bytes}", batch.seq))
+
+    def dropped(self, batch: RecordBatch, size: int) -> None:
+        self.told.append(("dropped", batch.seq))
+
+    def rejected(self, batch: RecordBatch, error: str) -> None:
+        self.told.append((f"rejected {error}", batch.seq))
+
+
+class Case:
+    """An intake with its parts."""
+
+    def __init__(self, limit: int = 1_000_000) -> None:
+        self.registry = CollectorRegistry()
+        self.sink = MemorySink()
+        self.sender = Sender()
+        self.intake = Intake(self.sink, limit, ServerMetrics(self.registry))
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"outrider_server_{name}", labels) or 0.0
+
+    async def put(self, *batches: RecordBatch, patience: float | None = 0) -> bool:
+        sized = [(batch, batch.ByteSize()) for batch in batches]
+        total = sum(size for _, size in sized)
+        if not await self.intake.admit(len(sized), total, patience=patience):
+            return False
+        self.intake.store(self.sender, Origin("a", "n", 1), sized)
+        return True
+
+
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
+async def case() -> AsyncIterator[Case]:
+    made = Case()
+    yield made
+    made.intake.close()
 
 
-async def test_small_batches_are_bounded_by_the_memory_they_take(
-    registry: CollectorRegistry,
-) -> None:
-    intake = Intake(MemorySink(), 100 * BATCH_COST_BYTES, ServerMetrics(registry))
+def many(seq: int, size: int = 10) -> RecordBatch:
+    """A batch that states more than one record."""
+    batch = make_batch(seq, size=size)
+    batch.count = 2
+    return batch
+
+
+async def test_small_batches_are_bounded_by_the_memory_they_take() -> None:
+    case = Case(100 * BATCH_COST_BYTES)
+    case.sink.open.clear()
     held = 0
-    while held < 1000 and await intake.admit(make_batch(held + 1, size=1), at_once=True):
+    while held < 1000 and await case.put(make_batch(held + 1, size=1)):
         held += 1
     assert 90 <= held < 100
+    assert case.intake.held <= 100 * BATCH_COST_BYTES
+    case.sink.open.set()
+    await eventually(lambda: case.intake.held == 0)
+    assert case.metric("batches_total", result="stored") == held
+    assert case.metric("records_total") == held
 
 
-async def test_told_when_there_is_room_again(registry: CollectorRegistry) -> None:
-    sink = MemorySink()
-    intake = Intake(sink, 1000, ServerMetrics(registry))
-    intake.patience = 0.01
-    batch = make_batch(1, size=900)
-    assert await intake.admit(batch)
-    assert not await intake.admit(batch)
-    assert not await intake.admit(batch, at_once=True)
+async def test_told_when_there_is_room_again() -> None:
+    case = Case(10_000)
+    case.sink.open.clear()
+    assert await case.put(make_batch(1, size=900))
+    assert not await case.put(make_batch(2, size=9000), patience=0.01)
+    assert not await case.put(make_batch(2, size=9000))
+    assert case.metric("batches_total", result="let_go") == 2
     told: list[str] = []
-    intake.when_room(lambda: told.append("first"))
+    case.intake.when_room(lambda: told.append("first"))
     gone = lambda: told.append("gone")  # noqa: E731 - compared by identity
-    intake.when_room(gone)
-    intake.forget(gone)
+    case.intake.when_room(gone)
+    case.intake.forget(gone)
+    await ticks()
     assert told == []
-    await intake.store(Origin("a", "n", 1), batch)
-    await intake.store(Origin("a", "n", 1), batch)
+    case.sink.open.set()
+    await ticks()
+    assert await case.put(make_batch(3))
+    await ticks()
     assert told == ["first"]
-    intake.release(batch)
-    assert registry.get_sample_value("outrider_server_batches_inflight_bytes") == 0
+    assert case.metric("batches_inflight_bytes") == 0
+
+
+async def test_agents_are_told_to_pause_before_there_is_no_room() -> None:
+    case = Case(20 * BATCH_COST_BYTES)
+    case.sink.open.clear()
+    seq = 0
+    while not case.intake.pressure():
+        seq += 1
+        assert await case.put(make_batch(seq, size=1))
+    assert 14 <= seq <= 16
+    case.sink.open.set()
+    await ticks()
+    assert case.intake.pressure() == 0
+
+
+async def test_what_the_sink_does_not_take_now_is_tried_again_in_order(case: Case) -> None:
+    case.sink.error = SinkUnavailableError("away")
+    await case.put(*(make_batch(seq) for seq in range(1, 101)))
+    await eventually(lambda: case.metric("batches_total", result="unavailable") > 100)
+    assert case.sender.told == []
+    assert case.intake.held > 100 * BATCH_COST_BYTES
+    assert case.metric("batches_retrying") > 0
+    await case.put(make_batch(101))  # waits behind the others
+    case.sink.error = None
+    await eventually(lambda: len(case.sender.told) == 101, 30)
+    assert {seq for _, seq in case.sender.told} == set(range(1, 102))
+    assert case.intake.held == 0
+
+
+async def test_nothing_is_tried_again_for_who_has_gone(case: Case) -> None:
+    case.sink.error = SinkUnavailableError("away")
+    await case.put(make_batch(1), make_batch(2))
+    await eventually(lambda: case.metric("batches_retrying") == 2)
+    case.sender.closed = True
+    await eventually(lambda: case.intake.held == 0)
+    assert sorted(case.sender.told) == [("dropped", 1), ("dropped", 2)]
+    assert case.metric("batches_retrying") == 0
+
+
+async def test_too_large_goes_back_to_be_split(case: Case) -> None:
+    case.sink.error = SinkRejectedError("too large", max_bytes=77)
+    await case.put(many(1))
+    await ticks()
+    assert case.sender.told == [("split 77", 1)]
+    assert case.sink.aside == []
+    assert case.intake.held == 0
+    assert case.metric("batch_rejects_total", reason="too_large", action="split") == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "splits", "max_bytes", "reason"),
+    [
+        (make_batch(1), True, 77, "too_large"),  # one record cannot be split
+        (many(1), False, 77, "too_large"),  # an agent that knows nothing of it
+        (many(1), True, 0, "other"),
+    ],
+)
+async def test_poison_is_set_aside_and_then_done_with(
+    case: Case, batch: RecordBatch, splits: bool, max_bytes: int, reason: str
+) -> None:
+    case.sender.splits = splits
+    case.sink.aside_error = SinkUnavailableError("away")
+    case.sink.error = SinkRejectedError("bad", max_bytes=max_bytes)
+    await case.put(batch)
+    await ticks()
+    assert case.sender.told == [("rejected bad", 1)]  # not acknowledged before it is safe
+    assert case.intake.held > 0
+    case.sink.aside_error = None
+    await eventually(lambda: case.sender.told == [("rejected bad", 1), ("stored", 1)])
+    assert [(batch.seq, reason) for _, batch, reason in case.sink.aside] == [(1, "bad")]
+    assert case.intake.held == 0
+    assert case.metric("batch_rejects_total", reason=reason, action="set_aside") == 1
+
+
+async def test_poison_does_not_hold_up_its_neighbours(case: Case) -> None:
+    def refuse(batch: RecordBatch) -> SinkError | None:
+        return SinkRejectedError("bad") if batch.seq == 2 else None
+
+    case.sink.refuse = refuse
+    case.sink.aside_error = SinkUnavailableError("away")
+    await case.put(*(make_batch(seq) for seq in (1, 2, 3)))
+    await ticks()
+    assert [name for name in case.sender.told if name[0] == "stored"] == [
+        ("stored", 1),
+        ("stored", 3),
+    ]
+
+
+@given(st.data())
+def test_every_batch_gets_one_answer_whatever_the_sink_does(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 30))
+    answers = data.draw(
+        st.dictionaries(st.integers(1, count), st.sampled_from(["away", "bad", "large"]))
+    )
+
+    async def scenario() -> None:
+        case = Case()
+        case.intake._backoff._base = 0.001
+        case.intake._backoff._cap = 0.001
+        away = {seq for seq, what in answers.items() if what == "away"}
+
+        def refuse(batch: RecordBatch) -> SinkError | None:
+            if batch.seq in away:
+                away.discard(batch.seq)  # the second time it is taken
+                return SinkUnavailableError("away")
+            what = answers.get(batch.seq)
+            if what == "bad":
+                return SinkRejectedError("bad")
+            return SinkRejectedError("large", max_bytes=5) if what == "large" else None
+
+        case.sink.refuse = refuse
+        await case.put(*(many(seq) for seq in range(1, count + 1)))
+        await eventually(lambda: case.intake.held == 0)
+        final = [(what, seq) for what, seq in case.sender.told if "rejected" not in what]
+        assert sorted(seq for _, seq in final) == list(range(1, count + 1))
+        assert {seq for what, seq in final if what == "split 5"} == {
+            seq for seq, what in answers.items() if what == "large"
+        }
+        case.intake.close()
+
+    asyncio.run(scenario())

@@ -28,13 +28,20 @@ class Role(enum.Enum):
 ANONYMOUS: Final[frozenset[Role]] = frozenset()
 BOTH: Final = frozenset({Role.AGENT, Role.SERVER})
 
+TRANSFER: Final = "/outrider.v1.AgentService/Transfer"
+PLAIN_TRANSFER: Final = "/grpc.Transfer/Transfer"
+#: The calls that are let in at a set rate.
+STREAMS: Final = frozenset({TRANSFER, PLAIN_TRANSFER})
+
 #: Every method that can be called at all, and who may; an empty set means anybody, without a token.
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
     "/grpc.health.v1.Health/Check": ANONYMOUS,
     # Not for anybody, as Check is for probes: it holds a connection open.
     "/grpc.health.v1.Health/Watch": BOTH,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": BOTH,
-    "/outrider.v1.AgentService/Transfer": frozenset({Role.AGENT}),
+    TRANSFER: frozenset({Role.AGENT}),
+    # As other agents name it; only there when plain records are accepted.
+    PLAIN_TRANSFER: frozenset({Role.AGENT}),
     "/outrider.v1.AgentService/Ping": BOTH,
     "/outrider.v1.FleetService/Link": frozenset({Role.SERVER}),
 }
@@ -63,7 +70,7 @@ class ReviewStatus:
     error: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Identity:
     """An authenticated caller.
 
@@ -109,11 +116,13 @@ class Refusal:
         code: its status code.
         reason: a CamelCase word of a small fixed set, for metrics.
         message: what happened and what to do, for people; holds no secret.
+        retry_millis: when the caller is to come back, milliseconds; 0: not said.
     """
 
     code: RefusalCode
     reason: str
     message: str
+    retry_millis: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,9 +171,14 @@ def identity_of(status: ReviewStatus, policy: TrustPolicy) -> Identity | Refusal
     return agent
 
 
-def refuse_method(method: str) -> Refusal | None:
-    """Refuse a method that is not on the list; None for one that is."""
-    if method in METHODS:
+def refuse_method(method: str, *, plain: bool = True) -> Refusal | None:
+    """Refuse a method that is not on the list; None for one that is.
+
+    Args:
+        method: full name.
+        plain: whether plain records are accepted.
+    """
+    if method in METHODS and (plain or method != PLAIN_TRANSFER):
         return None
     return Refusal(RefusalCode.UNIMPLEMENTED, "UnknownMethod", "no such method")
 

@@ -21,6 +21,7 @@ from outrider_runtime.logs import get_logger
 
 from outrider_operator.core.identity import (
     METHODS,
+    STREAMS,
     Identity,
     Refusal,
     RefusalCode,
@@ -33,8 +34,9 @@ from outrider_operator.core.identity import (
     refuse_role,
     token_expiry,
 )
+from outrider_operator.core.rates import Admission
 from outrider_operator.metrics import ServerMetrics
-from outrider_operator.settings import AuthSettings
+from outrider_operator.settings import AuthSettings, GatewaySettings
 
 #: Asks the API server about a token (first) for an audience (second).
 #: Raises ReviewUnavailableError when it cannot be asked.
@@ -49,6 +51,9 @@ _NO_ANSWER: Final = Refusal(
     "ReviewUnavailable",
     "the token cannot be checked: the API server does not answer; try later",
 )
+
+#: Trailing metadata: milliseconds after which the caller is to try again, as gRPC has it.
+PUSHBACK: Final = "grpc-retry-pushback-ms"
 
 log = get_logger(__name__)
 
@@ -194,11 +199,27 @@ class Authenticator:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call through to its handler only when its caller may make it."""
+    """Lets a call through to its handler only when its caller may make it, and when it is its turn.
 
-    def __init__(self, authenticator: Authenticator, metrics: ServerMetrics) -> None:
+    Args:
+        authenticator: says who a caller is.
+        settings: at what rate streams may begin, and which there are.
+        metrics: where refusals are counted.
+        monotonic: seconds.
+    """
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        settings: GatewaySettings,
+        metrics: ServerMetrics,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._authenticator = authenticator
+        self._plain = settings.accept_plain_records
         self._metrics = metrics
+        self._monotonic = monotonic
+        self._admission = Admission(settings.connect_rate, settings.connect_burst, monotonic())
 
     async def intercept_service(
         self,
@@ -207,7 +228,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     ) -> "Handler | None":
         """Called by grpc for each call, in the call's own task."""
         method = handler_call_details.method
-        refusal = refuse_method(method)
+        refusal = refuse_method(method, plain=self._plain)
+        # Before any work on the token: thousands may come at once.
+        if refusal is None and method in STREAMS:
+            refusal = await self._admit()
         if refusal is not None:
             return self._refused(refusal)
         if METHODS[method]:
@@ -218,12 +242,29 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             _identity.set(outcome)
         return await continuation(handler_call_details)
 
+    async def _admit(self) -> Refusal | None:
+        """Let a stream in at the set rate, which may take a moment, or say when to come back."""
+        admitted, seconds = self._admission.ask(self._monotonic())
+        if not admitted:
+            self._metrics.connects.labels("sent_back").inc()
+            return Refusal(
+                RefusalCode.UNAVAILABLE,
+                "TooManyConnects",
+                f"more agents connect than gateway.connectRate has: come back in {seconds:.1f} s",
+                retry_millis=int(seconds * 1000) + 1,
+            )
+        self._metrics.connects.labels("held" if seconds else "admitted").inc()
+        if seconds:
+            await asyncio.sleep(seconds)
+        return None
+
     def _refused(self, refusal: Refusal) -> "Handler":
         self._metrics.refusals.labels(refusal.code.value, refusal.reason).inc()
         code = grpc.StatusCode[refusal.code.value]
+        trailing = ((PUSHBACK, str(refusal.retry_millis)),) if refusal.retry_millis else ()
 
         async def refuse(_requests: Any, context: Any) -> NoReturn:
-            await context.abort(code, refusal.message)
+            await context.abort(code, refusal.message, trailing_metadata=trailing)
             raise AssertionError("abort raises")
 
         # Of the four kinds of handler this one alone reads no message before it is called.

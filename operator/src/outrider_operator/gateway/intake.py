@@ -2,89 +2,83 @@
 
 Holds batches while the sink is away, up to the bound, and tries again; never says that a batch is
 stored before the sink does. Beyond the bound streams wait, and after a while batches are let go:
-their agents keep them, and send them again when they are told to connect anew.
+their agents keep them, and send them again when they are told to connect anew. There is no task, no
+timer and no line of log for a batch: a callback is all that one costs besides the sink itself.
 """
 
 import asyncio
+import functools
+import random
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
-from outrider_operator.core.sink import Origin, Sink, SinkError, SinkUnavailableError
+from outrider_operator.core.sink import Origin, Sink, SinkRejectedError
+from outrider_operator.gateway.aside import Aside
+from outrider_operator.gateway.budget import ByteBudget
 from outrider_operator.metrics import ServerMetrics
 
 #: Longest wait between two tries to store a batch, seconds.
 RETRY_CAP_SECONDS: Final = 5.0
 RETRY_BASE_SECONDS: Final = 0.2
-#: What a batch that waits takes besides its records, bytes, as measured: task, message, futures.
-#: Without it many small batches would hold many times the bound.
+#: Most batches that are tried again at once.
+RETRY_STEP: Final = 1024
+#: What a batch that waits takes besides its records, bytes, as measured: messages, futures, and
+#: what a sink keeps. Without it many small batches would hold many times the bound.
 BATCH_COST_BYTES: Final = 8 * limits.KIB
-#: A stream waits so long for room before its batch is let go, seconds. Its run reports wait
-#: behind the batch, so this is also how late a full sink can make them.
+#: A stream waits so long for room before its batches are let go, seconds. Its run reports wait
+#: behind them, so this is also how late a full sink can make them.
 PATIENCE_SECONDS: Final = 5.0
+#: From this share of the bound on agents are told to pause, so long in seconds.
+NEARLY_FULL: Final = 0.75
+PAUSE_SECONDS: Final = (1.0, 3.0)
 
 log = get_logger(__name__)
 
 
-class ByteBudget:
-    """So many bytes may be held at once; more wait, first come, first served.
+class Owner(Protocol):
+    """Whom batches came from. No method raises or waits."""
 
-    Args:
-        limit: bytes; one holding alone may be larger.
-        on_change: told how many bytes are held, at each change.
-    """
+    @property
+    def closed(self) -> bool:
+        """Nobody waits for the answer any more."""
 
-    def __init__(self, limit: int, on_change: Callable[[int], None] = lambda _: None) -> None:
-        self._limit = limit
-        self._on_change = on_change
-        # Made when it is needed: each stream has a budget, and an empty deque takes 600 bytes.
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] | None = None
-        self.held = 0
+    @property
+    def splits(self) -> bool:
+        """A batch that is too large can be given back, to come again as smaller ones."""
 
-    async def take(self, size: int) -> None:
-        """Hold `size` bytes more; waits until they fit."""
-        if not self._waiting and self._fits(size):
-            self._hold(size)
-            return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (size, future)
-        waiting = self._waiting = deque() if self._waiting is None else self._waiting
-        waiting.append(entry)
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.give_back(size)  # it was granted, and nobody is there to use it
-            else:
-                if entry in waiting:
-                    waiting.remove(entry)
-                self._grant()
-            raise
+    def stored(self, batch: RecordBatch, size: int) -> None:
+        """A batch is safe; `size` is what it was counted as."""
 
-    def give_back(self, size: int) -> None:
-        """Hold `size` bytes less."""
-        self._hold(-size)
-        self._grant()
+    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+        """A batch is to come again, as batches of at most `max_bytes`."""
 
-    def _fits(self, size: int) -> bool:
-        return self.held == 0 or self.held + size <= self._limit
+    def dropped(self, batch: RecordBatch, size: int) -> None:
+        """A batch was not stored, and is not held any more: the owner is closed."""
 
-    def _hold(self, size: int) -> None:
-        self.held += size
-        self._on_change(self.held)
+    def rejected(self, batch: RecordBatch, error: str) -> None:
+        """A batch can never be stored and is set aside; for the log, `stored` follows."""
 
-    def _grant(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            size, future = self._waiting.popleft()
-            if not future.done():
-                self._hold(size)
-                future.set_result(None)
+
+class Waiting:
+    """One batch on its way into the sink."""
+
+    __slots__ = ("batch", "began", "origin", "owner", "size")
+
+    def __init__(
+        self, owner: Owner, origin: Origin, batch: RecordBatch, size: int, began: float
+    ) -> None:
+        self.owner = owner
+        self.origin = origin
+        self.batch = batch
+        self.size = size
+        self.began = began
 
 
 class Intake:
@@ -96,30 +90,63 @@ class Intake:
         metrics: where they are counted.
 
     Attributes:
-        patience: how long a batch waits for room before it is let go, seconds.
+        patience: how long batches wait for room before they are let go, seconds.
     """
 
     def __init__(self, sink: Sink, limit: int, metrics: ServerMetrics) -> None:
         self.patience = PATIENCE_SECONDS
-        self._sink = sink
+        self.sink = sink
         self._metrics = metrics
-        self._budget = ByteBudget(limit, metrics.inflight_bytes.set)
-        # Called by whichever batch is stored next: then there is room again.
+        self._limit = limit
+        self._budget = ByteBudget(limit)
+        self._aside = Aside(sink, metrics, self._stored)
+        # Called once the sink stores a batch again: then there is room.
         self._let_go: set[Callable[[], None]] = set()
+        self._again: deque[Waiting] = deque()
+        self._step = 1
+        self._backoff = Backoff(RETRY_BASE_SECONDS, RETRY_CAP_SECONDS)
+        self._timer: asyncio.TimerHandle | None = None
+        # What was stored in this turn of the loop, and is counted at its end.
+        self._batches = 0
+        self._records = 0
+        self._results = {
+            name: metrics.batches.labels(name)
+            for name in ("stored", "unavailable", "rejected", "let_go", "dropped")
+        }
         metrics.inflight_limit.set(limit)
+        metrics.inflight_bytes.set_function(lambda: self._budget.held)
+        metrics.batches_retrying.set_function(lambda: len(self._again))
 
-    async def admit(self, batch: RecordBatch, *, at_once: bool = False) -> bool:
-        """Make room for a batch, with patience or at once; False: there is none.
+    @property
+    def held(self) -> int:
+        """Bytes that are held now."""
+        return self._budget.held
+
+    def pressure(self) -> float:
+        """How long an agent is to pause because the sink is slow, seconds; mostly 0."""
+        if self._budget.held < NEARLY_FULL * self._limit:
+            return 0.0
+        # Each its own time, so that they do not come back together.
+        return random.uniform(*PAUSE_SECONDS)
+
+    async def admit(self, count: int, size: int, *, patience: float | None) -> bool:
+        """Make room for batches, with patience in seconds (None: without end); False: none.
 
         After True, `store` or `release` must follow.
         """
-        try:
-            async with asyncio.timeout(0 if at_once else self.patience):
-                await self._budget.take(_cost(batch))
-        except TimeoutError:
-            self._metrics.batches.labels("let_go").inc()
-            return False
-        return True
+        cost = size + count * BATCH_COST_BYTES
+        if self._budget.take_at_once(cost):
+            return True
+        if patience != 0:
+            try:
+                async with asyncio.timeout(patience):
+                    await self._budget.take(cost)
+            except TimeoutError:
+                pass
+            else:
+                return True
+        self._results["let_go"].inc(count)
+        return False
 
     def when_room(self, call: Callable[[], None]) -> None:
         """Have `call` called once, as soon as the sink stores batches again."""
@@ -129,45 +156,113 @@ class Intake:
         """Undo `when_room`."""
         self._let_go.discard(call)
 
-    def release(self, batch: RecordBatch) -> None:
-        """Give an admitted batch's room back."""
-        self._budget.give_back(_cost(batch))
+    def release(self, count: int, size: int) -> None:
+        """Give the room of admitted batches back."""
+        self._budget.give_back(size + count * BATCH_COST_BYTES)
 
-    async def store(self, origin: Origin, batch: RecordBatch) -> None:
-        """Store an admitted batch, however long the sink needs; returns when it is safe."""
+    def store(
+        self, owner: Owner, origin: Origin, batches: Sequence[tuple[RecordBatch, int]]
+    ) -> None:
+        """Have admitted batches stored, each with its size, however long the sink needs.
+
+        The owner is told of each when it is safe, or is not to be.
+        """
         began = time.monotonic()
-        backoff = Backoff(RETRY_BASE_SECONDS, RETRY_CAP_SECONDS)
-        while not await self._try(origin, batch):  # noqa: ASYNC110 - a retry, no event tells
-            await asyncio.sleep(backoff.next())
-        self._metrics.store_seconds.observe(time.monotonic() - began)
-        self._metrics.batches.labels("stored").inc()
-        self._metrics.records.inc(batch.count)
+        for batch, size in batches:
+            waiting = Waiting(owner, origin, batch, size, began)
+            began = 0.0  # the first of a message stands for all in the histogram
+            if self._again:
+                self._again.append(waiting)  # behind those that wait longer
+            else:
+                self._hand_over(waiting)
+
+    def close(self) -> None:
+        """Try nothing again from now on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._again.clear()
+        self._aside.close()
+
+    def _hand_over(self, waiting: Waiting) -> None:
+        future = asyncio.ensure_future(self.sink.store(waiting.origin, waiting.batch))
+        future.add_done_callback(functools.partial(self._settle, waiting))
+
+    def _settle(self, waiting: Waiting, future: "asyncio.Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is None and not future.cancelled():
+            self._stored(waiting)
+        elif isinstance(error, SinkRejectedError):
+            self._reject(waiting, error)
+        else:
+            # The sink itself says why, once, in its log and condition; this is one of many.
+            self._results["unavailable"].inc()
+            self._step = 1
+            self._try_later(waiting)
+
+    def _stored(self, waiting: Waiting) -> None:
+        if not self._batches:
+            asyncio.get_running_loop().call_soon(self._count)
+        self._batches += 1
+        self._records += waiting.batch.count
+        if waiting.began:
+            self._metrics.store_seconds.observe(time.monotonic() - waiting.began)
+        self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+        waiting.owner.stored(waiting.batch, waiting.size)
+
+    def _count(self) -> None:
+        """Once for all that was stored in a turn of the loop."""
+        self._results["stored"].inc(self._batches)
+        self._metrics.records.inc(self._records)
+        self._batches = self._records = 0
         calls, self._let_go = self._let_go, set()
         for call in calls:
             call()
+        if self._again:  # the sink takes batches again: more and more of them at once
+            self._step = min(RETRY_STEP, 2 * self._step)
+            self._backoff.reset()
+            self._try_again()
 
-    async def _try(self, origin: Origin, batch: RecordBatch) -> bool:
-        try:
-            await self._sink.store(origin, batch)
-        except SinkUnavailableError:
-            # The sink itself says why, once, in its log and condition; this is one of many.
-            self._metrics.batches.labels("unavailable").inc()
-            return False
-        except SinkError as error:
-            # Not acknowledged either: what is not stored stays with its agent, and is seen there.
-            self._metrics.batches.labels("rejected").inc()
-            log.error(  # noqa: TRY400 - the text says it all
-                "sink rejects batch",
-                node=origin.node,
-                epoch=batch.epoch,
-                seq=batch.seq,
-                bytes=len(batch.records),
-                error=str(error),
-            )
-            return False
-        return True
+    def _reject(self, waiting: Waiting, error: SinkRejectedError) -> None:
+        self._results["rejected"].inc()
+        owner, batch = waiting.owner, waiting.batch
+        if owner.closed:
+            self._drop(waiting)
+        elif error.max_bytes and batch.count > 1 and owner.splits:
+            self._metrics.batch_rejects.labels("too_large", "split").inc()
+            self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+            owner.split(batch, waiting.size, error.max_bytes)
+        else:
+            reason = "too_large" if error.max_bytes else "other"
+            self._metrics.batch_rejects.labels(reason, "set_aside").inc()
+            owner.rejected(batch, str(error))
+            self._aside.put(waiting, str(error))
 
+    def _try_later(self, waiting: Waiting) -> None:
+        if waiting.owner.closed:
+            self._drop(waiting)
+            return
+        self._again.append(waiting)
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._backoff.next(), self._timed)
 
-def _cost(batch: RecordBatch) -> int:
-    """The memory that a waiting batch takes, about, bytes."""
-    return len(batch.records) + BATCH_COST_BYTES
+    def _timed(self) -> None:
+        self._timer = None
+        self._try_again()
+        if self._again and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._backoff.next(), self._timed)
+
+    def _try_again(self) -> None:
+        """Hand some over again, the oldest first."""
+        for _ in range(min(self._step, len(self._again))):
+            waiting = self._again.popleft()
+            if waiting.owner.closed:
+                self._drop(waiting)
+            else:
+                self._hand_over(waiting)
+
+    def _drop(self, waiting: Waiting) -> None:
+        self._results["dropped"].inc()
+        self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+        waiting.owner.dropped(waiting.batch, waiting.size)

@@ -8,7 +8,17 @@ from bisect import bisect_right
 from typing import Final
 
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import BatchAck, Command, Drain, Heartbeat, RunCommand, RunId
+from outrider_proto.v1.agent_pb2 import (
+    REJECT_REASON_TOO_LARGE,
+    BatchAck,
+    BatchReject,
+    Command,
+    Drain,
+    Heartbeat,
+    RunCommand,
+    RunId,
+    SlowDown,
+)
 
 #: Most bytes that wait for one agent.
 PENDING_BYTES: Final = 8 * limits.MIB
@@ -28,6 +38,8 @@ class OutgoingFullError(Exception):
 
 class AckRanges:
     """Acknowledged batches as ranges; neighbours are merged."""
+
+    __slots__ = ("_count", "_ranges")
 
     def __init__(self) -> None:
         # By epoch: first and last sequence numbers of ranges, ascending and apart.
@@ -69,9 +81,12 @@ class AckRanges:
 class Outgoing:
     """The commands that wait for one agent. What comes again replaces what waits."""
 
+    __slots__ = ("_acks", "_bytes", "_cancels", "_first", "_rejects", "_run_acks", "_runs")
+
     def __init__(self) -> None:
         self._first = Command()
         self._acks = AckRanges()
+        self._rejects: dict[tuple[int, int], int] = {}
         self._runs: dict[RunKey, tuple[RunCommand, int]] = {}
         self._cancels: dict[RunKey, None] = {}
         self._run_acks: dict[RunKey, None] = {}
@@ -79,7 +94,12 @@ class Outgoing:
 
     def __bool__(self) -> bool:
         return bool(
-            self._acks or self._runs or self._cancels or self._run_acks or self._first.ByteSize()
+            self._acks
+            or self._runs
+            or self._cancels
+            or self._run_acks
+            or self._rejects
+            or self._first.ByteSize()
         )
 
     def acknowledge(self, epoch: int, seq: int) -> None:
@@ -91,6 +111,20 @@ class Outgoing:
         self._acks.add(epoch, seq)
         if len(self._acks) > ACK_RANGES:
             raise OutgoingFullError
+
+    def reject(self, epoch: int, seq: int, max_bytes: int) -> None:
+        """A batch is too large, and is to come again in parts of at most so many bytes.
+
+        Raises:
+            OutgoingFullError: too many wait.
+        """
+        self._rejects[epoch, seq] = max_bytes
+        if len(self._rejects) > ACK_RANGES:
+            raise OutgoingFullError
+
+    def slow_down(self, millis: int, reason: str) -> None:
+        """Ask the agent for no batches for so long; replaces what waits."""
+        self._first.slow_down.CopyFrom(SlowDown(millis=millis, reason=reason))
 
     def answer(self, heartbeat: Heartbeat) -> None:
         """Answer a heart-beat, unless an answer waits already."""
@@ -132,6 +166,14 @@ class Outgoing:
             return None
         command, self._first = self._first, Command()
         command.batch_acks.extend(self._acks.take())
+        if self._rejects:
+            command.batch_rejects.extend(
+                BatchReject(
+                    epoch=epoch, seq=seq, reason=REJECT_REASON_TOO_LARGE, max_bytes=max_bytes
+                )
+                for (epoch, seq), max_bytes in self._rejects.items()
+            )
+            self._rejects.clear()
         self._take_runs(command)
         for waiting, names in (
             (self._cancels, command.cancels),

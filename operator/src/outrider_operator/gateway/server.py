@@ -30,20 +30,29 @@ from outrider_operator.gateway.auth import (
 from outrider_operator.gateway.fleet_service import FleetLinks
 from outrider_operator.gateway.hub import DRAINING, Hub
 from outrider_operator.gateway.intake import Intake
+from outrider_operator.gateway.pace import Limiter
+from outrider_operator.gateway.stream import Shared
 from outrider_operator.gateway.tls import Certificate
-from outrider_operator.gateway.transfer import AgentStream, Shared, transfer
+from outrider_operator.gateway.transfer import AgentStream, transfer
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import AuthSettings, GatewaySettings
 
 AGENT_SERVICE: Final = "outrider.v1.AgentService"
 FLEET_SERVICE: Final = "outrider.v1.FleetService"
+#: As agents of other kinds name it.
+PLAIN_SERVICE: Final = "grpc.Transfer"
 #: What grpc itself takes as a message. Twice the contract's limit, so that what is somewhat too
 #: large is still seen, refused and counted here; grpc refuses the rest with the same code.
 GRPC_MESSAGE_BYTES: Final = 2 * limits.MESSAGE_BYTES
 #: Calls at once on one connection: the stream, a Ping, health, reflection.
 CONCURRENT_CALLS: Final = 16
+#: Largest TLS record that is sent, bytes: each connection has a buffer of that size.
+TLS_FRAME_BYTES: Final = 2 * limits.KIB
 #: Streams that were told to end get so long to do it, seconds.
 STOP_GRACE_SECONDS: Final = 2.0
+
+#: Tokens that end and writes that hang are looked for so often, seconds.
+SWEEP_SECONDS: Final = 1.0
 
 log = get_logger(__name__)
 
@@ -68,6 +77,13 @@ def server_options(settings: GatewaySettings) -> list[tuple[str, int]]:
         # The defaults let a hundred busy streams hold gigabytes; these hold tens of megabytes.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 16 * limits.KIB),
+        # A message of a few KiB may unpack to gigabytes: grpc is not to do that, see session.py.
+        ("grpc.per_message_decompression", 0),
+        # What each connection holds for its whole life. Small frames of TLS, for what goes to
+        # agents is small; no table of headers, for each connection has one call.
+        ("grpc.tsi.max_frame_size", TLS_FRAME_BYTES),
+        ("grpc.http2.hpack_table_size.decoder", 0),
+        ("grpc.http2.hpack_table_size.encoder", 0),
         ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
         ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
         ("grpc.max_metadata_size", limits.METADATA_BYTES),
@@ -124,6 +140,7 @@ class Gateway:
             auth=auth,
             hub=self.hub,
             intake=Intake(sink, settings.max_inflight_bytes, metrics),
+            limiter=Limiter(settings.limits, settings.max_connections),
             metrics=metrics,
             replica=replica,
             version=version,
@@ -150,6 +167,7 @@ class Gateway:
                 tasks = [
                     group.create_task(self._certificate.watch(), name="certificate"),
                     group.create_task(self._follow_health(status), name="health"),
+                    group.create_task(self._sweep(), name="sweep"),
                 ]
                 await stop.wait()
                 await self._drain(status)
@@ -157,11 +175,12 @@ class Gateway:
                     task.cancel()
         finally:
             await server.stop(STOP_GRACE_SECONDS)
+            self._shared.intake.close()
             log.info("not listening any more", port=self.port)
 
     def _server(self, status: Any) -> grpc.aio.Server:
         server = grpc.aio.server(
-            interceptors=[AuthInterceptor(self._authenticator, self._metrics)],
+            interceptors=[AuthInterceptor(self._authenticator, self._settings, self._metrics)],
             options=server_options(self._settings),
         )
         # Bytes in, bytes out: grpc answers INTERNAL to what its own handlers cannot parse.
@@ -171,6 +190,12 @@ class Gateway:
                 "Ping": grpc.unary_unary_rpc_method_handler(self._ping),
             },
             FLEET_SERVICE: {"Link": grpc.stream_stream_rpc_method_handler(self._link)},
+            # Named anyway: the interceptor says whether it is there.
+            PLAIN_SERVICE: {"Transfer": grpc.stream_stream_rpc_method_handler(self._transfer)},
+            # Before grpc's own servicer, which is left with Watch: this one reads no message.
+            grpc_health.SERVICE_NAME: {
+                "Check": grpc.stream_stream_rpc_method_handler(self._check),
+            },
         }
         server.add_generic_rpc_handlers(
             tuple(
@@ -211,6 +236,15 @@ class Gateway:
         for service in ("", AGENT_SERVICE, FLEET_SERVICE):
             await status.set(service, states.SERVING if serving else states.NOT_SERVING)
 
+    async def _sweep(self) -> None:
+        """Look at the clock for all streams: thousands of timers would be thousands of objects."""
+        seconds = min(SWEEP_SECONDS, self._settings.write_timeout_seconds / 2)
+        while True:
+            await asyncio.sleep(seconds)
+            now, monotonic = time.time(), time.monotonic()
+            for stream in list(self._shared.calls):
+                stream.sweep(now, monotonic)
+
     async def _drain(self, status: Any) -> None:
         """Take no more streams, tell the agents to leave, and wait until they have."""
         self._draining = True
@@ -226,8 +260,8 @@ class Gateway:
                 await self._all_gone()
         except TimeoutError:
             log.warning("agents did not leave in time", agents=len(self.hub))
-        for stream in self.hub.streams():
-            stream.end(DRAINING)
+        for call in list(self._shared.calls):
+            call.end(DRAINING)
         self.links.close()
 
     async def _all_gone(self) -> None:
@@ -235,7 +269,18 @@ class Gateway:
             self._left.clear()
             await self._left.wait()
 
-    # The calls. grpc has authenticated their callers by now.
+    # The calls. grpc has authenticated their callers by now, but for health checks.
+
+    async def _check(self, _requests: Any, context: Any) -> None:
+        """Answer Health/Check for the whole server, whichever service is asked for.
+
+        Anybody may ask, so the request is not read: grpc would take a message of any size that
+        any other call may have, from thousands of connections at once.
+        """
+        states = health_pb2.HealthCheckResponse
+        serving = self._health.ready and not self._draining
+        status = states.SERVING if serving else states.NOT_SERVING
+        await context.write(health_pb2.HealthCheckResponse(status=status).SerializeToString())
 
     async def _transfer(self, _requests: Any, context: Any) -> None:
         try:

@@ -6,15 +6,26 @@ its token, and another one is refused.
 """
 
 import enum
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import DecodeError
 from outrider_proto import batches, limits
-from outrider_proto.v1.agent_pb2 import Heartbeat, Hello, PackagedData, RecordBatch, RunReport
+from outrider_proto.v1.agent_pb2 import (
+    EncodedRecord,
+    Heartbeat,
+    Hello,
+    PackagedData,
+    RecordBatch,
+    RunReport,
+)
 from outrider_proto.wire import beyond
 
 from outrider_operator.core.identity import Identity
+from outrider_operator.core.sink import NO_ENVELOPE, Envelope
+from outrider_operator.gateway.glance import besides_records
 
 #: Longest texts in a Hello, characters: they end up in Agent objects.
 HELLO_TEXT_LENGTH: Final = 128
@@ -22,7 +33,13 @@ HELLO_RUN_KINDS: Final = 16
 #: Longest task UID and reason in a run report, characters.
 UID_LENGTH: Final = 64
 REASON_LENGTH: Final = 64
-#: Messages above this are counted before they are parsed, bytes.
+#: Longest list of addresses and longest text of an Envelope, characters; the rest is cut off.
+ENVELOPE_ADDRESSES_LENGTH: Final = 1024
+ENVELOPE_TEXT_LENGTH: Final = 253
+#: How a gzip file begins. No message does: it would be a field of a kind that there is not.
+GZIP_MAGIC: Final = b"\x1f\x8b"
+#: Messages with more than this besides the records of batches are counted before they are parsed,
+#: bytes.
 COUNTED_BYTES: Final = 16 * limits.KIB
 #: Most entries of repeated fields by their path; () is any other field.
 ENTRIES: Final = {
@@ -43,13 +60,30 @@ class Opened:
     """The first message was a good hello."""
 
     hello: Hello
+    envelope: Envelope
 
 
 @dataclass(frozen=True)
 class BatchesCame:
-    """Batches to store, in this order; they keep the limits, and were not opened."""
+    """Batches to store, in this order; they keep the limits, and were not opened.
 
-    batches: list[RecordBatch]
+    Attributes:
+        batches: each with its size in bytes, all of it.
+        records: how many records they state.
+        size: of all of them, bytes.
+    """
+
+    batches: list[tuple[RecordBatch, int]]
+    records: int
+    size: int
+
+
+@dataclass(frozen=True)
+class PlainCame:
+    """Plain records, from an agent of another kind; their number keeps the limits."""
+
+    records: list[EncodedRecord]
+    envelope: Envelope
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ class Refused:
     message: str
 
 
-Event = Opened | BatchesCame | RunsReported | HeartbeatCame | Refused
+Event = Opened | BatchesCame | RunsReported | HeartbeatCame | PlainCame | Refused
 
 
 class State(enum.Enum):
@@ -89,6 +123,7 @@ class State(enum.Enum):
 
     AWAITING_HELLO = "awaiting hello"
     OPEN = "open"
+    PLAIN = "plain records"
     ENDED = "ended"
 
 
@@ -97,10 +132,14 @@ class SessionProtocol:
 
     Args:
         identity: who the agent is, from its token.
+        plain: whether a stream may have plain records, without hello, instead.
     """
 
-    def __init__(self, identity: Identity) -> None:
+    __slots__ = ("_identity", "_plain", "state")
+
+    def __init__(self, identity: Identity, *, plain: bool = False) -> None:
         self._identity = identity
+        self._plain = plain
         self.state = State.AWAITING_HELLO
 
     def receive(self, data: bytes) -> Event:
@@ -118,16 +157,23 @@ class SessionProtocol:
             self.state = State.ENDED
         elif isinstance(event, Opened):
             self.state = State.OPEN
+        elif isinstance(event, PlainCame):
+            self.state = State.PLAIN
         return event
 
     def _understand(self, data: bytes) -> Event:
+        if self._plain and data.startswith(GZIP_MAGIC):
+            unpacked = _gunzip(data)
+            if isinstance(unpacked, Refused):
+                return unpacked
+            data = unpacked
         if len(data) > limits.MESSAGE_BYTES:
             return Refused(
                 "RESOURCE_EXHAUSTED",
                 "TooLarge",
                 f"a message of {len(data)} bytes; at most {limits.MESSAGE_BYTES}",
             )
-        if len(data) > COUNTED_BYTES:
+        if len(data) > COUNTED_BYTES and besides_records(data) > COUNTED_BYTES:
             path = beyond(data, ENTRIES)
             if path is not None:
                 field = ".".join(map(str, path)) or "that is unknown"
@@ -143,6 +189,10 @@ class SessionProtocol:
             kinds.append("batches")
         if len(kinds) > 1:
             return _invalid("SeveralKinds", f"a message holds one of {', '.join(kinds)}")
+        if self.state is State.PLAIN or (
+            self._plain and self.state is State.AWAITING_HELLO and not kinds
+        ):
+            return _plain_records(message, kinds)
         if self.state is State.AWAITING_HELLO:
             return self._open(message)
         return self._content(message, kinds[0] if kinds else "")
@@ -165,7 +215,7 @@ class SessionProtocol:
                 "BadHello",
                 f"at most {HELLO_RUN_KINDS} run_kinds, and {HELLO_TEXT_LENGTH} characters a text",
             )
-        return Opened(hello)
+        return Opened(hello, envelope(message))
 
     def _content(self, message: PackagedData, kind: str) -> Event:
         if kind == "batches":
@@ -180,8 +230,29 @@ class SessionProtocol:
         if kind == "hello":
             return _invalid("SecondHello", "hello is only for the first message")
         if message.records:
-            return _invalid("PlainRecords", "plain records are not accepted, send batches")
+            return _invalid("PlainRecords", "plain records are not accepted here, send batches")
         return _invalid("Empty", "the message holds nothing that is known here")
+
+
+def envelope(message: PackagedData) -> Envelope:
+    """What an agent says of its host, cut to a size that can go with every record."""
+
+    def addresses(found: Iterable[str]) -> str:
+        joined = ",".join(found)
+        if len(joined) <= ENVELOPE_ADDRESSES_LENGTH:
+            return joined
+        return joined[:ENVELOPE_ADDRESSES_LENGTH].rpartition(",")[0]
+
+    made = Envelope(
+        intranet_ipv4=addresses(message.intranet_ipv4),
+        extranet_ipv4=addresses(message.extranet_ipv4),
+        intranet_ipv6=addresses(message.intranet_ipv6),
+        extranet_ipv6=addresses(message.extranet_ipv6),
+        hostname=message.hostname[:ENVELOPE_TEXT_LENGTH],
+        version=message.version[:ENVELOPE_TEXT_LENGTH],
+        product=message.product[:ENVELOPE_TEXT_LENGTH],
+    )
+    return NO_ENVELOPE if made == NO_ENVELOPE else made
 
 
 def check_report(report: RunReport) -> str | None:
@@ -208,11 +279,47 @@ def _batches(came: list[RecordBatch]) -> Event:
         return _invalid(
             "TooManyBatches", f"{len(came)} batches; at most {limits.BATCHES_PER_MESSAGE} a message"
         )
+    sized = []
+    records = size = 0
     for batch in came:
         problem = batches.check(batch)
         if problem:
             return _invalid("BadBatch", problem)
-    return BatchesCame(came)
+        one = batch.ByteSize()
+        sized.append((batch, one))
+        records += batch.count
+        size += one
+    return BatchesCame(sized, records, size)
+
+
+def _plain_records(message: PackagedData, kinds: list[str]) -> Event:
+    if kinds:
+        return _invalid("SeveralKinds", "a stream holds plain records only, or begins with hello")
+    for record in message.records:
+        if len(record.data) > limits.RECORD_BYTES:
+            return _invalid(
+                "BadRecord",
+                f"a record of {len(record.data)} bytes; at most {limits.RECORD_BYTES}",
+            )
+    return PlainCame(list(message.records), envelope(message))
+
+
+def _gunzip(data: bytes) -> bytes | Refused:
+    """What a message compressed by grpc itself holds, with the same bound as any other."""
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        unpacked = unpacker.decompress(data, limits.MESSAGE_BYTES + 1)
+    except zlib.error as error:
+        return _invalid("Unparsable", f"the message is no gzip data: {error}")
+    if len(unpacked) > limits.MESSAGE_BYTES:
+        return Refused(
+            "RESOURCE_EXHAUSTED",
+            "TooLarge",
+            f"a message that unpacks to more than {limits.MESSAGE_BYTES} bytes",
+        )
+    if not unpacker.eof:
+        return _invalid("Unparsable", "the message is gzip data without an end")
+    return unpacked
 
 
 def _invalid(reason: str, message: str) -> Refused:

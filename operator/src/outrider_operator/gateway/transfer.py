@@ -1,87 +1,84 @@
 """One agent's stream on the wire: the thin shell around session.py and outgoing.py.
 
-Reads, writes, stores and keeps the times; decides nothing of its own. A stream ends in one place
-only, with one reason, and takes all its tasks with it.
+Reads, writes, hands batches over and keeps the times; decides nothing of its own. A stream ends in
+one place only, with one reason, and takes its writer with it. An idle stream has no task but the
+call's own, no timer, and nothing that waits.
 """
 
 import asyncio
 import contextlib
-import functools
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import Command, Drain, RecordBatch, Welcome
+from outrider_proto.v1.agent_pb2 import Command, DataTypes, Drain, RecordBatch, Welcome
 from outrider_proto.v1.fleet_pb2 import AgentSession
 from outrider_runtime.logs import get_logger
 
 from outrider_operator.core.identity import Identity
-from outrider_operator.core.sink import Origin
+from outrider_operator.core.rates import Pauses
 from outrider_operator.gateway.auth import current_identity
-from outrider_operator.gateway.hub import (
-    CLOSED,
-    DRAINING,
-    PEER_GONE,
-    TOKEN_EXPIRED,
-    TOO_SLOW,
-    End,
-    Hub,
-)
-from outrider_operator.gateway.intake import ByteBudget, Intake
+from outrider_operator.gateway.hub import CLOSED, DRAINING, PEER_GONE, TOO_SLOW, End
 from outrider_operator.gateway.outgoing import Outgoing, OutgoingFullError
+from outrider_operator.gateway.plain import PlainStream
 from outrider_operator.gateway.session import (
     BatchesCame,
-    Event,
     HeartbeatCame,
     Opened,
+    PlainCame,
     Refused,
     RunsReported,
     SessionProtocol,
 )
-from outrider_operator.gateway.signal import Signal
-from outrider_operator.metrics import ServerMetrics
-from outrider_operator.settings import AuthSettings, GatewaySettings
+from outrider_operator.gateway.stream import CLOSE_SECONDS, STREAM_BATCHES, Shared, Stream
 
-#: Batches of one stream that may be in flight, however small they are.
-STREAM_BATCHES: Final = 256
-#: A stream whose agent has closed its side may still store and acknowledge for so long, seconds.
-CLOSE_SECONDS: Final = 5.0
-#: A stream whose token states no end lives so long, seconds.
-UNKNOWN_EXPIRY_SECONDS: Final = 3600.0
 #: Refusing a peer that reads nothing must not wait for it for ever, seconds.
 ABORT_SECONDS: Final = 5.0
+#: Acknowledgements of a stream are gathered for so long after the last ones were sent, seconds,
+#: unless as many bytes of its window are free again as this share.
+GATHER_SECONDS: Final = 0.005
+GATHER_SHARE: Final = 0.25
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What all streams of a gateway have in common."""
-
-    settings: GatewaySettings
-    auth: AuthSettings
-    hub: Hub
-    intake: Intake
-    metrics: ServerMetrics
-    replica: str
-    version: str
-    draining: Callable[[], bool]
-
-
 async def transfer(shared: Shared, context: Any) -> None:
-    """Serve one call of AgentService/Transfer until it ends."""
-    if shared.draining():
-        end = _sent_away(shared)
-    else:
-        end = await AgentStream(shared, current_identity(), context).serve()
+    """Serve one call of Transfer until it ends."""
+    end = _sent_away(shared) if shared.draining() else await _serve(shared, context)
     if end not in (CLOSED, PEER_GONE):
         # Where even the status cannot be sent, grpc drops the call when this returns.
         async with asyncio.timeout(ABORT_SECONDS):
             await context.abort(grpc.StatusCode[end.code], end.message)
+
+
+async def _serve(shared: Shared, context: Any) -> End:
+    identity = current_identity()
+    protocol = SessionProtocol(identity, plain=shared.settings.accept_plain_records)
+    stream = AgentStream(shared, identity, context, protocol)
+    first = await _first(stream, shared.settings.hello_timeout_seconds)
+    if isinstance(first, Refused):
+        return stream.refuse(first)
+    if shared.draining():  # since the call began; nobody would tell this stream
+        return _sent_away(shared)
+    if isinstance(first, PlainCame):
+        return await PlainStream(shared, identity, context, protocol).serve(first)
+    return await stream.serve(first)
+
+
+async def _first(stream: "AgentStream", seconds: float) -> Opened | PlainCame | Refused:
+    """Wait for the first message, and see that it will do."""
+    try:
+        async with asyncio.timeout(seconds):
+            event = await stream.read()
+    except TimeoutError:
+        return Refused("DEADLINE_EXCEEDED", "HelloTimeout", f"no hello within {seconds:g} s")
+    if event is None:
+        return Refused("INVALID_ARGUMENT", "NoHello", "closed before hello")
+    assert isinstance(event, Opened | PlainCame | Refused)
+    return event
 
 
 def _sent_away(shared: Shared) -> End:
@@ -89,27 +86,42 @@ def _sent_away(shared: Shared) -> End:
     return DRAINING
 
 
-class AgentStream:
+class AgentStream(Stream):
     """One agent's stream.
 
     Args:
         shared: the gateway's parts.
         identity: who the agent is.
         context: grpc's, to read and write bytes.
+        protocol: what its messages mean; has seen none yet.
     """
 
-    def __init__(self, shared: Shared, identity: Identity, context: Any) -> None:
-        self._shared = shared
-        self._identity = identity
-        self._context = context
-        self._protocol = SessionProtocol(identity)
-        self._outgoing = Outgoing()
-        self._wake = Signal()
-        self._flushed = Signal()
-        self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        self._window = ByteBudget(shared.settings.window_bytes)
-        self._places = asyncio.Semaphore(STREAM_BATCHES)
-        self._stores: set[asyncio.Task[None]] = set()
+    __slots__ = (
+        "_acked_bytes",
+        "_gather",
+        "_letting_go",
+        "_outgoing",
+        "_pauses",
+        "_sent_at",
+        "_writer",
+        "_writing_since",
+        "info",
+    )
+
+    splits = True
+
+    def __init__(
+        self, shared: Shared, identity: Identity, context: Any, protocol: SessionProtocol
+    ) -> None:
+        super().__init__(shared, identity, context, protocol)
+        # These three are there only while they are needed.
+        self._outgoing: Outgoing | None = None
+        self._pauses: Pauses | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._gather: asyncio.TimerHandle | None = None
+        self._writing_since = 0.0
+        self._sent_at = 0.0
+        self._acked_bytes = 0
         self._letting_go = False
         self.info = AgentSession(
             node=identity.node,
@@ -118,213 +130,254 @@ class AgentStream:
             session=shared.hub.next_number(),
             address=_address(context.peer()),
         )
-        self._log = log.bind(node=identity.node, session=self.info.session)
+
+    @property
+    def waits(self) -> bool:
+        """Something waits to be sent."""
+        return self._outgoing is not None
 
     def push(self, command: Command) -> None:
         """Send a command, merged with what waits; ends the stream when too much waits."""
         try:
-            self._outgoing.merge(command)
+            self._out().merge(command)
         except OutgoingFullError:
             self.end(TOO_SLOW)
-        self._wake.set()
+        self._wake()
 
     def tell_drain(self, reason: str, spread_seconds: float) -> None:
         """Tell the agent to connect elsewhere and close this stream."""
-        self._outgoing.drain(Drain(reason=reason, spread_millis=int(spread_seconds * 1000)))
-        self._wake.set()
+        self._out().drain(Drain(reason=reason, spread_millis=int(spread_seconds * 1000)))
+        self._wake()
 
-    def end(self, end: End) -> None:
-        """End the stream; only the first end counts."""
-        if not self._ended.done():
-            self._ended.set_result(end)
+    def sweep(self, now: float, monotonic: float) -> None:
+        """Look at the clock: the token's end, and a write that does not come to its own."""
+        super().sweep(now, monotonic)
+        began = self._writing_since
+        if began and monotonic - began > self._shared.settings.write_timeout_seconds:
+            self.end(TOO_SLOW)
 
-    async def serve(self) -> End:
-        """Serve the stream from its hello to its end, and say how it ended.
+    async def serve(self, first: Opened) -> End:
+        """Serve the stream after its hello to its end, and say how it ended.
 
         Raises:
             asyncio.CancelledError: the peer has gone, or the server stops.
         """
-        refused = await self._hello()
-        if refused is not None:
-            return refused
-        if self._shared.draining():  # since the call began; nobody would tell this stream
-            return _sent_away(self._shared)
-        self._shared.hub.join(self)
-        self._log.info("stream opened", address=self.info.address)
+        self.info.hello.CopyFrom(first.hello)
+        self.envelope = first.envelope
+        shared, node, session = self._shared, self.info.node, self.info.session
+        shared.hub.join(self)
+        shared.calls.add(self)
+        log.info("stream opened", node=node, session=session, address=self.info.address)
         end = PEER_GONE
         try:
-            end = await self._exchange()
+            end = await self._until_end(self._exchange)
         finally:
-            self._shared.intake.forget(self._tell_again)
-            self._shared.hub.leave(self, end.reason)
-            self._log.info("stream ended", reason=end.reason)
+            self.closed = True
+            shared.calls.discard(self)
+            shared.intake.forget(self._tell_again)
+            shared.hub.leave(self, end.reason)
+            self._stop_writing()
+            log.info("stream ended", node=node, session=session, reason=end.reason)
         return end
 
-    async def _hello(self) -> End | None:
-        """Wait for the hello; an End when there was none that will do."""
-        seconds = self._shared.settings.hello_timeout_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                data = await self._context.read()
-        except TimeoutError:
-            message = f"no hello within {seconds:g} s"
-            return self._refuse(Refused("DEADLINE_EXCEEDED", "HelloTimeout", message))
-        if data is grpc.aio.EOF:
-            return self._refuse(Refused("INVALID_ARGUMENT", "NoHello", "closed before hello"))
-        event = self._receive(data)
-        if isinstance(event, Refused):
-            return self._refuse(event)
-        assert isinstance(event, Opened)
-        self.info.hello.CopyFrom(event.hello)
-        return None
-
-    def _refuse(self, refused: Refused) -> End:
-        self._shared.metrics.refusals.labels(refused.code, refused.reason).inc()
-        self._log.warning("stream refused", reason=refused.reason, error=refused.message)
-        return End("Refused", refused.code, refused.message)
-
-    def _receive(self, data: bytes) -> Event:
-        self._shared.metrics.messages.labels("up").inc()
-        self._shared.metrics.bytes.labels("up").inc(len(data))
-        return self._protocol.receive(data)
-
-    async def _exchange(self) -> End:
-        loop = asyncio.get_running_loop()
-        expires = self._expiry()
-        timer = loop.call_later(max(0.0, expires - time.time()), self.end, TOKEN_EXPIRED)
-        try:
-            async with asyncio.TaskGroup() as group:
-                writer = group.create_task(self._write(self._welcome(expires)), name="write")
-                reader = group.create_task(self._read(group), name="read")
-                end = await self._ended
-                for task in (reader, writer, *self._stores):
-                    task.cancel()
-        finally:
-            timer.cancel()
-        return end
-
-    def _expiry(self) -> float:
-        """When the stream is to end, seconds since the Unix epoch."""
-        if self._identity.expires is None:
-            return time.time() + UNKNOWN_EXPIRY_SECONDS
-        return self._identity.expires + self._shared.auth.expiry_grace_seconds
-
-    def _welcome(self, expires: float) -> Command:
+    def _welcome(self) -> Command:
+        shared = self._shared
+        sink = shared.intake.sink
         return Command(
             welcome=Welcome(
-                server=self._shared.replica,
-                version=self._shared.version,
+                server=shared.replica,
+                version=shared.version,
                 agent_id=self._identity.node_uid,
-                expires_unix_nanos=int(expires * 1e9),
-                window_bytes=self._shared.settings.window_bytes,
+                expires_unix_nanos=int(self.expires * 1e9),
+                window_bytes=shared.settings.window_bytes,
+                window_batches=STREAM_BATCHES,
+                max_batch_bytes=sink.max_batch_bytes,
+                separate=[DataTypes(data_types=group) for group in sink.separate],
             )
         )
 
     # What comes up.
 
-    async def _read(self, group: asyncio.TaskGroup) -> None:
+    async def read(self) -> Any:
+        """The next message as an event; None: the agent has closed its side."""
+        return await self._read()
+
+    async def _exchange(self) -> End:
         try:
-            while (data := await self._context.read()) is not grpc.aio.EOF:
-                event = self._receive(data)
-                if isinstance(event, Refused):
-                    self.end(self._refuse(event))
-                    return
+            await self._send(self._welcome())
+            self._wake()
+            while (event := await self._read()) is not None:
                 if isinstance(event, BatchesCame):
-                    for batch in event.batches:
-                        await self._take(batch, group)
+                    await self._take(event)
                 elif isinstance(event, RunsReported):
                     self._shared.hub.report(self, event.report)
                     await self._shared.hub.room(self.info.node)
                 elif isinstance(event, HeartbeatCame):
-                    self._outgoing.answer(event.heartbeat)
-                    self._wake.set()
+                    self._out().answer(event.heartbeat)
+                    self._wake()
+                elif isinstance(event, Refused):
+                    return self.refuse(event)
         except (grpc.RpcError, grpc.aio.BaseError):
-            self.end(PEER_GONE)
-            return
-        await self._finish()
+            return PEER_GONE
+        return await self._finish()
 
-    async def _finish(self) -> None:
+    async def _finish(self) -> End:
         """The agent has closed its side: store and acknowledge what is in flight, for a while.
 
         Where the connection is gone, grpc cancels this call's task instead.
         """
-        if self._stores:
-            await asyncio.wait(self._stores, timeout=CLOSE_SECONDS)
-        self._flushed.clear()
-        self._wake.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
-                await self._flushed.wait()
-        self.end(CLOSED)
+                await self._all_settled()
+        self._wake()
+        if self._writer is not None:
+            await asyncio.wait([self._writer], timeout=CLOSE_SECONDS)
+        return CLOSED
 
-    async def _take(self, batch: RecordBatch, group: asyncio.TaskGroup) -> None:
-        """Make room for a batch and have it stored; holds the reading up while there is none."""
-        origin = Origin(self._identity.node_uid, self._identity.node, time.time_ns())
-        size = len(batch.records)
-        await self._places.acquire()
-        await self._window.take(size)
-        if not await self._admit(batch):
-            self._places.release()
-            self._window.give_back(size)
-            return
-        task = group.create_task(self._store(origin, batch), name="store")
-        self._stores.add(task)
-        # Not in the task itself: one that is cancelled before its first step runs none of it.
-        task.add_done_callback(functools.partial(self._settled, batch))
+    async def _take(self, came: BatchesCame) -> None:
+        """Have batches stored; holds the reading up while there is no room for them.
 
-    async def _admit(self, batch: RecordBatch) -> bool:
-        if self._letting_go:
-            return await self._shared.intake.admit(batch, at_once=True)
-        if await self._shared.intake.admit(batch):
-            return True
-        # The agent sends it again on its next stream; tell it when that is of use.
-        self._letting_go = True
-        self._shared.intake.when_room(self._tell_again)
-        self._log.warning("batches let go, the sink takes none")
-        return False
+        A message may hold more than the window: then it goes in parts.
+        """
+        window = self._shared.settings.window_bytes
+        if came.size <= window:
+            await self._take_part(came.batches, came.size)
+        else:
+            part: list[tuple[RecordBatch, int]] = []
+            held = 0
+            for batch, size in came.batches:
+                if part and held + size > window:
+                    await self._take_part(part, held)
+                    part, held = [], 0
+                part.append((batch, size))
+                held += size
+            await self._take_part(part, held)
+        await self._slow_down(came)
+
+    async def _take_part(self, part: list[tuple[RecordBatch, int]], size: int) -> None:
+        intake, count = self._shared.intake, len(part)
+        await self._window(count, size)
+        admitted = False
+        try:
+            patience = 0 if self._letting_go else intake.patience
+            admitted = await intake.admit(count, size, patience=patience)
+        finally:
+            if not admitted:
+                self._give_back(count, size)
+        if admitted:
+            intake.store(self, self._origin(), part)
+        elif not self._letting_go:
+            # The agent sends them again on its next stream; tell it when that is of use.
+            self._letting_go = True
+            intake.when_room(self._tell_again)
+            log.warning("batches let go, the sink takes none", node=self.info.node)
 
     def _tell_again(self) -> None:
         spread = self._shared.settings.drain_spread_seconds
         self.tell_drain("batches were let go while the sink took none: send them again", spread)
 
-    async def _store(self, origin: Origin, batch: RecordBatch) -> None:
+    async def _slow_down(self, came: BatchesCame) -> None:
+        """Ask the agent for a pause where it sends more than its share, or the sink is slow."""
+        shared = self._shared
+        debt = shared.limiter.spend(self._identity.node_uid, came.records, came.size)
+        pressure = shared.intake.pressure()
+        if not (debt or pressure):
+            return
+        pauses = self._pauses = self._pauses or Pauses()
+        tell, hold = pauses.step(max(debt, pressure), time.monotonic())
+        if tell:
+            reason = "limit" if debt >= pressure else "sink"
+            shared.metrics.slow_downs.labels(reason).inc()
+            texts = {"limit": "more than this agent's share", "sink": "the record sink is slow"}
+            self._out().slow_down(math.ceil(tell * 1000), texts[reason])
+            self._wake()
+        if hold and debt:
+            shared.metrics.held_reads.inc()
+            await asyncio.sleep(min(hold, debt))
+
+    # As an owner of batches.
+
+    def stored(self, batch: RecordBatch, size: int) -> None:
+        """A batch is safe: acknowledge it, with all others of this turn of the loop."""
+        self._give_back(1, size)
+        if self.closed:
+            return
         try:
-            await self._shared.intake.store(origin, batch)
-            self._outgoing.acknowledge(batch.epoch, batch.seq)
-            self._wake.set()
+            self._out().acknowledge(batch.epoch, batch.seq)
         except OutgoingFullError:
             self.end(TOO_SLOW)
+        self._acked_bytes += size
+        if self._writer is None:
+            self._wake_for_acks()
 
-    def _settled(self, batch: RecordBatch, task: asyncio.Task[None]) -> None:
-        self._stores.discard(task)
-        self._shared.intake.release(batch)
-        self._window.give_back(len(batch.records))
-        self._places.release()
+    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+        """A batch is too large: the agent makes smaller ones of it."""
+        self._give_back(1, size)
+        if self.closed:
+            return
+        try:
+            self._out().reject(batch.epoch, batch.seq, max_bytes)
+        except OutgoingFullError:
+            self.end(TOO_SLOW)
+        self._wake()
 
     # What goes down.
 
-    async def _write(self, welcome: Command) -> None:
+    def _out(self) -> Outgoing:
+        if self._outgoing is None:
+            self._outgoing = Outgoing()
+        return self._outgoing
+
+    def _wake_for_acks(self) -> None:
+        """Send acknowledgements now, or with those that follow soon."""
+        loop = asyncio.get_running_loop()
+        share = GATHER_SHARE * self._shared.settings.window_bytes
+        if self._acked_bytes >= share or loop.time() - self._sent_at >= GATHER_SECONDS:
+            self._wake()
+        elif self._gather is None:
+            self._gather = loop.call_later(GATHER_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        """Have what waits sent, by a task that is there only as long as something waits."""
+        if self._gather is not None:
+            self._gather.cancel()
+            self._gather = None
+        # Before the welcome nothing is sent: then the call's own task does it.
+        if self._writer is None and self._outgoing is not None and self._sent_at:
+            self._writer = asyncio.get_running_loop().create_task(self._write(), name="write")
+
+    def _stop_writing(self) -> None:
+        if self._gather is not None:
+            self._gather.cancel()
+        if self._writer is not None:
+            self._writer.cancel()
+
+    async def _write(self) -> None:
         try:
-            await self._send(welcome)
-            while True:
-                self._wake.clear()
-                while (command := self._outgoing.take()) is not None:
+            while self._outgoing is not None:
+                self._acked_bytes = 0
+                command = self._outgoing.take()
+                if command is None:
+                    self._outgoing = None
+                else:
                     await self._send(command)
-                self._flushed.set()
-                await self._wake.wait()
-        except TimeoutError:
-            self.end(TOO_SLOW)
         except (grpc.RpcError, grpc.aio.BaseError):
             self.end(PEER_GONE)
+        finally:
+            self._writer = None
 
     async def _send(self, command: Command) -> None:
         data = command.SerializeToString()
         if len(data) > limits.MESSAGE_BYTES:
             raise AssertionError(f"a command of {len(data)} bytes was made")
-        async with asyncio.timeout(self._shared.settings.write_timeout_seconds):
+        self._writing_since = time.monotonic()
+        try:
             await self._context.write(data)
-        self._shared.metrics.messages.labels("down").inc()
-        self._shared.metrics.bytes.labels("down").inc(len(data))
+        finally:
+            self._writing_since = 0.0
+        self._sent_at = asyncio.get_running_loop().time()
+        self._shared.metrics.messages_down.inc()
+        self._shared.metrics.bytes_down.inc(len(data))
 
 
 def _address(peer: str) -> str:

@@ -1,0 +1,70 @@
+"""Who sends more than its share: the buckets of all agents and of the process.
+
+Counts and answers; tells nobody and waits for nothing. How much is too much is decided in
+core/rates.py, what follows from it in transfer.py.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from outrider_operator.core.rates import Allowance
+from outrider_operator.settings import LimitSettings
+
+
+class Limiter:
+    """What agents have sent, against what they may.
+
+    An agent's bucket outlives its streams: who connects anew has the same debt.
+
+    Args:
+        settings: the rates.
+        entries: most agents that are remembered; the one that was silent longest goes.
+        monotonic: seconds.
+    """
+
+    def __init__(
+        self,
+        settings: LimitSettings,
+        entries: int,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._entries = entries
+        self._monotonic = monotonic
+        self._process = Allowance(
+            settings.records_per_second,
+            settings.bytes_per_second,
+            settings.burst_seconds,
+            monotonic(),
+        )
+        self._agents: OrderedDict[str, Allowance] = OrderedDict()
+        self._per_agent = bool(settings.agent_records_per_second or settings.agent_bytes_per_second)
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def spend(self, agent: str, records: int, size: int) -> float:
+        """Count what an agent sent; returns the seconds until it may send more, mostly 0."""
+        now = self._monotonic()
+        debt = self._process.spend(records, size, now)
+        if not self._per_agent:
+            return debt
+        allowance = self._agents.get(agent)
+        if allowance is None:
+            allowance = self._add(agent, now)
+        else:
+            self._agents.move_to_end(agent)
+        return max(debt, allowance.spend(records, size, now))
+
+    def _add(self, agent: str, now: float) -> Allowance:
+        settings = self._settings
+        allowance = self._agents[agent] = Allowance(
+            settings.agent_records_per_second,
+            settings.agent_bytes_per_second,
+            settings.burst_seconds,
+            now,
+        )
+        if len(self._agents) > self._entries:
+            self._agents.popitem(last=False)
+        return allowance
