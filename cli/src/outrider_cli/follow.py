@@ -5,16 +5,20 @@ asked for again and again rather than watched: one small object, and no connecti
 silent unnoticed.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.core.rows import Row, rows_of
 from outrider_cli.core.waiting import Snapshot, reasons, snapshot
 from outrider_cli.errors import LeftError, NotFoundError, UnavailableError
+
+if TYPE_CHECKING:
+    from outrider_cli.cluster import Cluster
 
 #: Time between two looks at the task at first, and after the first minute; seconds.
 POLL_SECONDS: Final = 0.3

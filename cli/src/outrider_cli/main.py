@@ -1,11 +1,11 @@
 """The command line: parses it, runs one command, turns errors into a line and an exit code."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol, cast
 
 from outrider_cli import terminal
 from outrider_cli.errors import CommandError, Exit, UsageError
@@ -36,6 +36,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (kubectl outrider --help)")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        terminal.write(f"kubectl-outrider {version('outrider-cli')}\n")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
@@ -58,31 +68,21 @@ def _main(words: list[str]) -> int:
     if "--" in words:
         at = words.index("--")
         own, after = words[:at], words[at + 1 :]
-    commands = _commands()
-    arguments = _parser(commands).parse_args(own)
+    arguments = _parser(own).parse_args(own)
     if after and arguments.command != "run":
         raise UsageError(f"{arguments.command} takes nothing after --")
     arguments.words = after
-    from outrider_cli.cluster import connect  # as in _commands
+    from outrider_cli.cluster import connect  # takes half a second: not before flags are right
 
     cluster = connect(
         arguments.kubeconfig, arguments.context, arguments.namespace, arguments.request_timeout
     )
-    return commands[arguments.command].run(cluster, arguments)
+    return _command(arguments.command).run(cluster, arguments)
 
 
-def _commands() -> dict[str, Command]:
-    # Imported here: it takes most of a second, and a Ctrl-C meanwhile must end in order too.
-    from outrider_cli.commands import agents, cancel, output, ping, results, run
-
-    return {
-        "run": run,
-        "results": results,
-        "output": output,
-        "cancel": cancel,
-        "agents": agents,
-        "ping": ping,
-    }
+def _command(name: str) -> Command:
+    """The module of a command; imported only when it is used, for that takes time."""
+    return cast("Command", importlib.import_module(f"outrider_cli.commands.{name}"))
 
 
 HELP: Final = {
@@ -95,17 +95,17 @@ HELP: Final = {
 }
 
 
-def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The flags of all, and of those commands that are named."""
     parser = _Parser(prog="kubectl outrider", description=DESCRIPTION, epilog=EXIT_CODES)
-    parser.add_argument(
-        "--version", action="version", version=f"kubectl-outrider {version('outrider-cli')}"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     _add_common(parser, top=True)
     each = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in commands.items():
-        child = each.add_parser(name, help=HELP[name], description=HELP[name], epilog=EXIT_CODES)
+    for name, text in HELP.items():
+        child = each.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         _add_common(child, top=False)
-        command.add(child)
+        if name in words:
+            _command(name).add(child)
     return parser
 
 

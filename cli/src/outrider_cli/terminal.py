@@ -3,16 +3,13 @@
 Everything here goes to stderr: stdout belongs to the results, so that they can be piped.
 """
 
+from __future__ import annotations
+
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Final
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from outrider_cli.core.waiting import Snapshot, progress
 
@@ -81,16 +78,11 @@ class Board:
 
 
 class _Bar(Board):
-    def __init__(self, bar: Progress, row: TaskID, live: Live) -> None:
-        self._bar, self._row, self._live = bar, row, live
+    def __init__(self, update: Callable[[Snapshot, Sequence[str]], None]) -> None:
+        self._update = update
 
     def update(self, found: Snapshot, waits: Sequence[str]) -> None:
-        # The state comes after the bar, and has no style: names may have brackets.
-        self._bar.update(
-            self._row, total=found.total or None, completed=found.done, told=progress(found)
-        )
-        notes = [Text(f"  waiting: {wait}", style="yellow") for wait in waits[:MAX_REASONS]]
-        self._live.update(Group(self._bar, *notes))
+        self._update(found, waits)
 
 
 class _Lines(Board):
@@ -123,13 +115,7 @@ def board(name: str, stream: IO[str] | None = None) -> Iterator[Board]:
     if not stream.isatty():
         yield _Lines(name)
         return
-    bar = Progress(
-        TextColumn(name, markup=False),
-        BarColumn(bar_width=30),
-        TextColumn("{task.fields[told]}", markup=False),
-        TimeElapsedColumn(),
-    )
-    row = bar.add_task(name, total=None, told="not begun")
-    console = Console(file=stream, highlight=False)
-    with Live(bar, console=console, refresh_per_second=8, transient=True) as live:
-        yield _Bar(bar, row, live)
+    from outrider_cli.bar import bar  # takes a tenth of a second, and is for terminals only
+
+    with bar(name, stream, MAX_REASONS) as update:
+        yield _Bar(update)

@@ -1,13 +1,19 @@
 """`kubectl outrider agents`: which agents are there, and why others are not."""
 
+from __future__ import annotations
+
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.core import render
 from outrider_cli.core.text import plural
 from outrider_cli.errors import Exit
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,19 @@
 """`kubectl outrider cancel`: ends a task on all nodes."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.commands.flags import task_name
 from outrider_cli.core.waiting import snapshot, verdict
 from outrider_cli.errors import Exit
 from outrider_cli.follow import Follower
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,8 @@ reads them there for us (exec), or they are read from a folder of a file sink. W
 is told, byte by byte.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shlex
@@ -12,12 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from outrider_proto.output import Joined, Piece, Wanted, from_line, join, read_directory
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.commands.flags import task_name
 from outrider_cli.core.rows import Row, rows_of
 from outrider_cli.core.text import plural, time_of
@@ -29,6 +30,10 @@ from outrider_cli.errors import (
     NotFoundError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster
 
 #: Labels of server Pods, as the chart sets them.
 SERVERS: Final = "app.kubernetes.io/part-of=outrider,app.kubernetes.io/component=server"

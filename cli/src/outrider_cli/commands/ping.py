@@ -4,15 +4,16 @@ The round trip is what a user of tasks feels: from making an AgentTask to the no
 report, as seen from here. It goes through the API server, the leader, a gateway and the agent.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster, Watch
 from outrider_cli.commands import flags
 from outrider_cli.core import render, request
 from outrider_cli.core.rows import SUCCEEDED, Row, names, row_of
@@ -20,6 +21,10 @@ from outrider_cli.core.text import plural, printable
 from outrider_cli.core.timing import Summary, summary
 from outrider_cli.core.waiting import reasons, snapshot, verdict
 from outrider_cli.errors import CommandError, Exit, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster, Watch
 
 #: How the task stands is looked at so often, seconds.
 LOOK_SECONDS: Final = 1.0

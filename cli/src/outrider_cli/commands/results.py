@@ -1,14 +1,20 @@
 """`kubectl outrider results`: what came of a task, node by node."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.commands.flags import task_name
 from outrider_cli.core import render
 from outrider_cli.core.rows import rows_of
 from outrider_cli.core.waiting import reasons, snapshot, verdict
 from outrider_cli.errors import Exit
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,16 @@
 """`kubectl outrider run`: runs a command on nodes now, and shows what came of it."""
 
+from __future__ import annotations
+
 import argparse
 import secrets
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from outrider_cli import terminal
-from outrider_cli.cluster import Cluster
 from outrider_cli.commands import flags
 from outrider_cli.core import render, request
 from outrider_cli.core.rows import rows_of
@@ -17,6 +18,10 @@ from outrider_cli.core.text import span
 from outrider_cli.core.waiting import snapshot, verdict
 from outrider_cli.errors import ConflictError, Exit, LeftError, UnavailableError, UsageError
 from outrider_cli.follow import Follower, patiently
+
+if TYPE_CHECKING:
+    # It takes most of a second, and flags can be wrong before.
+    from outrider_cli.cluster import Cluster
 
 #: Largest script, bytes; the resource definition has the same bound.
 SCRIPT_BYTES: Final = 262_144

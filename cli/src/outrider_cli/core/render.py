@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import yaml
-
 from outrider_cli.core.groups import group, show
 from outrider_cli.core.rows import Row
 from outrider_cli.core.text import age, clipped, columns, span, time_of
@@ -21,6 +19,8 @@ def structured(value: Any, form: str) -> str:
     """A value as JSON or YAML."""
     if form == "json":
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    import yaml  # seldom needed, and not quick to import
+
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
