@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -33,8 +34,11 @@ class FakeStream:
     complete_reports: list[pb.RunReport] = field(default_factory=list)
     reports: list[pb.RunReport] = field(default_factory=list)
     batches: list[pb.RecordBatch] = field(default_factory=list)
+    messages: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     half_closed: bool = False
+    unacknowledged: int = 0
+    most_unacknowledged: int = 0
 
     def send(self, command: pb.Command) -> None:
         self.outgoing.put_nowait(command)
@@ -58,8 +62,19 @@ class FakeGateway(AgentServiceServicer):
         self.answer_heartbeats = True
         self.welcome = True
         self.window_bytes = 1024 * 1024
+        #: More of the welcome.
+        self.terms: dict[str, Any] = {}
+        #: Batches are acknowledged so long after they came, seconds.
+        self.acknowledge_after = 0.0
+        #: Batches of more bytes and more than one record are rejected; those of other numbers
+        #: for a reason that agents do not know.
+        self.max_batch_bytes: int | None = None
+        self.refuse_batches: set[int] = set()
         self.expires_in = 600.0
         self.refuse: tuple[grpc.StatusCode, str] | None = None
+        #: With `refuse`: when to come again, milliseconds.
+        self.pushback: str | None = None
+        self.tried_at: list[float] = []
         self.attempts = 0
         self._news = asyncio.Condition()
 
@@ -102,8 +117,10 @@ class FakeGateway(AgentServiceServicer):
 
     async def Transfer(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override,type-arg] # the reader and writer form of a handler
         self.attempts += 1
+        self.tried_at.append(time.monotonic())
         if self.refuse:
-            await context.abort(*self.refuse)
+            later = () if self.pushback is None else (("grpc-retry-pushback-ms", self.pushback),)
+            await context.abort(*self.refuse, trailing_metadata=later)
         metadata = dict(context.invocation_metadata() or ())
         first = await context.read()
         stream = FakeStream(first, str(metadata.get("authorization", "")).removeprefix("Bearer "))
@@ -119,6 +136,7 @@ class FakeGateway(AgentServiceServicer):
                         agent_id="uid-of-node-a",
                         expires_unix_nanos=expires,
                         window_bytes=self.window_bytes,
+                        **self.terms,
                     )
                 )
             )
@@ -142,6 +160,8 @@ class FakeGateway(AgentServiceServicer):
         await self._tell()
 
     def _take(self, stream: FakeStream, message: pb.PackagedData) -> None:
+        if message.batches:
+            stream.messages.append(len(message.batches))
         for batch in message.batches:
             stream.kinds.append("batch")
             self._take_batch(stream, batch)
@@ -161,15 +181,41 @@ class FakeGateway(AgentServiceServicer):
                 stream.send(pb.Command(heartbeat=message.heartbeat))
 
     def _take_batch(self, stream: FakeStream, batch: pb.RecordBatch) -> None:
+        stream.batches.append(batch)
+        stream.unacknowledged += batch.ByteSize()
+        stream.most_unacknowledged = max(stream.most_unacknowledged, stream.unacknowledged)
+        reject = self._rejected(batch)
+        if reject is not None:
+            stream.unacknowledged -= batch.ByteSize()
+            stream.send(pb.Command(batch_rejects=[reject]))
+            return
         name = (batch.epoch, batch.seq)
         if name in self.all_batches:
             self.repeats += 1
             assert self.all_batches[name] == batch, f"batch {name} has two contents"
         self.all_batches[name] = batch
-        stream.batches.append(batch)
-        if self.acknowledge:
-            ack = pb.BatchAck(epoch=batch.epoch, first=batch.seq, last=batch.seq)
-            stream.send(pb.Command(batch_acks=[ack]))
+        if self.acknowledge and self.acknowledge_after:
+            asyncio.get_running_loop().call_later(
+                self.acknowledge_after, self._acknowledge, stream, batch
+            )
+        elif self.acknowledge:
+            self._acknowledge(stream, batch)
+
+    def _acknowledge(self, stream: FakeStream, batch: pb.RecordBatch) -> None:
+        stream.unacknowledged -= batch.ByteSize()
+        ack = pb.BatchAck(epoch=batch.epoch, first=batch.seq, last=batch.seq)
+        stream.send(pb.Command(batch_acks=[ack]))
+
+    def _rejected(self, batch: pb.RecordBatch) -> pb.BatchReject | None:
+        reject = pb.BatchReject(epoch=batch.epoch, seq=batch.seq)
+        if batch.seq in self.refuse_batches:
+            return reject
+        most = self.max_batch_bytes
+        if most is None or len(batch.records) <= most or batch.count < 2:
+            return None
+        reject.reason = pb.REJECT_REASON_TOO_LARGE
+        reject.max_bytes = most
+        return reject
 
     async def _tell(self) -> None:
         async with self._news:

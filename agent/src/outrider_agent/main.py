@@ -38,6 +38,7 @@ from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.collectors.start import Collectors, paths_of
 from outrider_agent.core import accounts
 from outrider_agent.core.batching import BatchLimits
+from outrider_agent.core.effects import Welcomed
 from outrider_agent.core.leaving import stays_away
 from outrider_agent.core.policy import Policy
 from outrider_agent.metrics import AgentMetrics
@@ -200,6 +201,7 @@ class _Agent:
             partial(health.set, "connected"),
         )
         store.on_append = uplink.batch_appended
+        uplink.on_welcome = partial(_take_terms, recorder)
         health.live("store", store.check)
         host = Host(
             place=_place(settings),
@@ -294,6 +296,12 @@ def _place(settings: AgentSettings) -> Place:
             host=tasks.allow_host,
         ),
     )
+
+
+def _take_terms(recorder: Recorder, terms: Welcomed) -> None:
+    """Make batches as the server wants them from now on."""
+    recorder.set_max_batch_bytes(terms.max_batch_bytes)
+    recorder.set_groups(terms.groups)
 
 
 def _recorder_options(settings: AgentSettings) -> RecorderOptions:

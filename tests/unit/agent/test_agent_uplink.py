@@ -1,108 +1,22 @@
 """The uplink against a real gRPC server over TLS: order, loss, refusal, and finding another one."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from fakes.agent_parts import batch_of, run_state, store_in, value
-from fakes.certificates import SERVER_NAME, Authority
-from fakes.gateway_server import TOKEN, FakeGateway, credentials, listen, serving
+from fakes.agent_parts import batch_of, run_state, value
+from fakes.certificates import Authority
+from fakes.gateway_server import TOKEN, FakeGateway, listen, serving
+from fakes.uplink_bench import uplink_to
 from outrider_agent.core import session as protocol
 from outrider_agent.core.runs import RunKey
-from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import ServerSettings
-from outrider_agent.store.store import Store
 from outrider_agent.uplink import stream as stream_module
 from outrider_agent.uplink import uplink as module
-from outrider_agent.uplink.uplink import Identity, Uplink
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime.discovery import DiscoveryError
-from prometheus_client import CollectorRegistry
-
-
-class FakeRuns:
-    """Keeps what servers ask for."""
-
-    def __init__(self) -> None:
-        self.submitted: list[pb.RunCommand] = []
-        self.cancelled: list[RunKey] = []
-        self.acknowledged: list[RunKey] = []
-        self.known: list[pb.RunState] = []
-        self.foreign_tasks: list[pb.Task] = []
-
-    async def submit(self, commands: Any) -> None:
-        self.submitted += commands
-
-    async def cancel(self, keys: Any) -> None:
-        self.cancelled += keys
-
-    async def acknowledge(self, keys: list[RunKey]) -> None:
-        self.acknowledged += keys
-
-    async def foreign(self, task: pb.Task) -> None:
-        self.foreign_tasks.append(task)
-
-    async def report(self) -> list[pb.RunState]:
-        return self.known
-
-
-@dataclass
-class Bench:
-    uplink: Uplink
-    store: Store
-    runs: FakeRuns
-    registry: CollectorRegistry
-    connected: list[tuple[bool, str]] = field(default_factory=list)
-    folder: Path = Path()
-
-    async def until(self, condition: Callable[[], object], seconds: float = 20) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                while not condition():
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            raise AssertionError(f"not within {seconds} s: {self.connected}") from None
-
-
-@contextlib.asynccontextmanager
-async def uplink_to(
-    target: str, folder: Path, authority: Authority, **change: Any
-) -> AsyncIterator[Bench]:
-    ca, token = credentials(folder, authority)
-    settings = ServerSettings(
-        **{
-            "target": target,
-            "ca_file": str(ca),
-            "token_file": str(token),
-            "server_name": SERVER_NAME,
-            "dial_timeout_seconds": 1.0,
-            "backoff_base_seconds": 0.05,
-            "backoff_cap_seconds": 0.2,
-            **change,
-        }
-    )
-    registry = CollectorRegistry()
-    metrics = AgentMetrics(registry)
-    identity = Identity(pb.Hello(node="node-a", version="1"), pb.PackagedData(product="agent"))
-    connected: list[tuple[bool, str]] = []
-    runs = FakeRuns()
-    async with store_in(folder / "state") as store:
-        uplink = Uplink(
-            settings, identity, store, metrics, lambda ok, why: connected.append((ok, why))
-        )
-        store.on_append = uplink.batch_appended
-        task = asyncio.create_task(uplink.run(runs))
-        try:
-            yield Bench(uplink, store, runs, registry, connected, folder)
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +89,7 @@ async def test_batches_stay_until_they_are_acknowledged_and_are_sent_again(
 async def test_no_more_than_the_window_is_sent(tmp_path: Path, authority: Authority) -> None:
     gateway = FakeGateway()
     gateway.acknowledge = False
-    gateway.window_bytes = 5_000
+    gateway.window_bytes = 6_000
     async with (
         serving(authority, gateway) as server,
         uplink_to(server.address, tmp_path, authority) as bench,

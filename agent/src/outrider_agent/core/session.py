@@ -2,18 +2,39 @@
 
 The shell asks `next` what to send, tells what it sent, and feeds what it received to `receive`,
 which answers with effects. The order is always: hello, the server's welcome, a complete report of
-runs, then changes of runs, signs of life, and batches within the server's window. Nothing here
-reads a clock: `now` is seconds of a steady clock, `wall_nanos` the time of day.
+runs, then changes of runs, signs of life, and batches within the server's window, in the order of
+`lanes` and as fast as `pacing` lets them. Nothing here reads a clock: `now` is seconds of a steady
+clock, `wall_nanos` the time of day.
 """
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from outrider_proto import limits
 from outrider_proto.v1 import agent_pb2 as pb
 
+from outrider_agent.core.effects import (
+    BatchesAcked,
+    BatchRefused,
+    BatchTooLarge,
+    CancelsRequested,
+    Draining,
+    Effect,
+    PauseAsked,
+    RunsAcked,
+    RunsRequested,
+    TaskRequested,
+    Welcomed,
+    batch_bytes,
+    terms_of,
+)
+from outrider_agent.core.lanes import Fits, Lanes, Look
+from outrider_agent.core.pacing import Pause, TokenBucket
 from outrider_agent.core.runs import RunKey, key_of
+from outrider_agent.core.storage import Waiting
+from outrider_agent.core.window import Lane, Room, Window, ranges
 
 #: Longest wait for the server's welcome, seconds.
 WELCOME_SECONDS = 10.0
@@ -26,10 +47,9 @@ ANSWER_SECONDS = 60.0
 RENEW_MARGIN_SECONDS = (15.0, 60.0)
 #: But not before this share of what is left to the token has passed.
 RENEW_SHARE = 0.8
-#: The window where the server names none, bytes.
-DEFAULT_WINDOW_BYTES = 4 * limits.MIB
-#: Most bytes of batches that are fetched from the outbox at once.
-READ_BYTES = limits.BATCH_BYTES
+#: Batches that wait go together, up to so many bytes (but for a single larger one) and so many.
+MESSAGE_BYTES = 256 * limits.KIB
+MESSAGE_BATCHES = 64
 #: Largest sum of states in one message of changes, bytes.
 CHANGES_BYTES = 4 * limits.MIB
 
@@ -45,6 +65,8 @@ class Want(Enum):
     REPORT = "report"
     CHANGES = "changes"
     HEARTBEAT = "heartbeat"
+    #: Not sent, but read from the outbox, before batches can be.
+    LOOK = "look"
     BATCHES = "batches"
 
 
@@ -62,70 +84,6 @@ class End(Enum):
         return self in (End.RENEW, End.DRAIN)
 
 
-@dataclass(frozen=True)
-class Welcomed:
-    """The server took the stream."""
-
-    server: str
-    version: str
-    agent_id: str
-
-
-@dataclass(frozen=True)
-class BatchesAcked:
-    """The outbox may forget these batches."""
-
-    epoch: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class RunsRequested:
-    """Attempts to run."""
-
-    commands: list[pb.RunCommand]
-
-
-@dataclass(frozen=True)
-class CancelsRequested:
-    """Attempts to end."""
-
-    keys: list[RunKey]
-
-
-@dataclass(frozen=True)
-class RunsAcked:
-    """Results that the journal may forget."""
-
-    keys: list[RunKey]
-
-
-@dataclass(frozen=True)
-class TaskRequested:
-    """A task in the form of other servers."""
-
-    task: pb.Task
-
-
-@dataclass(frozen=True)
-class Draining:
-    """The server asked the agent to leave."""
-
-    reason: str
-
-
-Effect = (
-    Welcomed
-    | BatchesAcked
-    | RunsRequested
-    | CancelsRequested
-    | RunsAcked
-    | TaskRequested
-    | Draining
-)
-
-
 @dataclass
 class Session:
     """The agent's side of one stream.
@@ -134,20 +92,21 @@ class Session:
         epoch: Life of the outbox file; acknowledgements of others are ignored.
         rng: Where the spread of renewals and drains comes from.
         started: When the stream was opened.
+        bucket: The bandwidth; the same for all streams of the agent.
+        pause: The server's wish that no batches come.
     """
 
     epoch: int
     rng: random.Random
     started: float
+    bucket: TokenBucket = field(default_factory=lambda: TokenBucket(0))
+    pause: Pause = field(default_factory=Pause)
     welcomed: bool = False
     _hello_sent: bool = False
     _report_due: bool = True
     _changes: dict[RunKey, pb.RunState] = field(default_factory=dict)
-    _window: int = DEFAULT_WINDOW_BYTES
-    _in_flight: dict[int, int] = field(default_factory=dict)
-    _in_flight_bytes: int = 0
-    _cursor: int = 0
-    _maybe_more: bool = True
+    _window: Window = field(default_factory=Window)
+    _lanes: Lanes | None = None
     _last_sent: float = 0.0
     _unanswered_since: float | None = None
     _end: tuple[float, End] | None = None
@@ -166,31 +125,43 @@ class Session:
             return Want.CHANGES
         if now - self._last_sent >= IDLE_SECONDS and self._unanswered_since is None:
             return Want.HEARTBEAT
-        if self._maybe_more and self.budget > 0:
-            return Want.BATCHES
-        return None
+        return self._next_batches(now)
+
+    def _next_batches(self, now: float) -> Want | None:
+        if self._lanes is None or self.pause.active(now):
+            return None
+        if self._lanes.look(self._fits(now)) is not None:
+            return Want.LOOK
+        return None if self._picked(now) is None else Want.BATCHES
+
+    def _fits(self, now: float) -> Fits:
+        """Whether a batch may go: what can wait does so for the bandwidth, too."""
+        if self.bucket.open(now):
+            return self._window.room
+        return lambda lane, size: (
+            self._window.room(lane, size) if lane is Lane.RESULTS else Room.FULL
+        )
+
+    def _picked(self, now: float) -> Lane | None:
+        return None if self._lanes is None else self._lanes.pick(self._fits(now))
 
     @property
-    def cursor(self) -> int:
-        """Sequence number of the last batch sent on this stream; 0 before the first."""
-        return self._cursor
-
-    @property
-    def nothing_in_flight(self) -> bool:
-        """Whether every batch sent was acknowledged: then one may go whatever its size."""
-        return not self._in_flight
-
-    @property
-    def budget(self) -> int:
-        """Bytes of batches that may be sent now; with nothing in flight always at least one."""
-        if not self._in_flight:
-            return max(1, min(self._window, READ_BYTES))
-        return min(self._window - self._in_flight_bytes, READ_BYTES)
+    def in_flight_bytes(self) -> int:
+        """Bytes of batches on their way without an acknowledgement."""
+        return self._window.in_flight_bytes
 
     def sent_hello(self, now: float) -> None:
         """The hello was sent."""
         self._hello_sent = True
         self._last_sent = now
+
+    def begin_batches(self, last_seq: int) -> None:
+        """Batches may go.
+
+        Args:
+            last_seq: The highest number in the outbox now; all up to it can be read.
+        """
+        self._lanes = Lanes(last_seq)
 
     def begin_report(self) -> None:
         """A complete report is about to be read from the journal.
@@ -200,9 +171,10 @@ class Session:
         self._changes.clear()
         self._report_due = False
 
-    def sent(self, now: float) -> None:
-        """Something other than a batch or a heart-beat was sent."""
+    def sent(self, size: int, now: float) -> None:
+        """Something other than a batch or a heart-beat was sent, of so many bytes."""
         self._last_sent = now
+        self.bucket.take(size, now)
 
     def take_changes(self) -> list[pb.RunState]:
         """Changes of runs for one message, oldest first; the caller sends them now."""
@@ -221,33 +193,39 @@ class Session:
         self._last_sent = now
         self._unanswered_since = now
 
-    def sent_batch(self, seq: int, size: int, now: float) -> None:
-        """A batch was sent.
+    def begin_look(self, now: float) -> Look | None:
+        """What is to be read from the outbox; the caller does so now and tells by `found`."""
+        look = None if self._lanes is None else self._lanes.look(self._fits(now))
+        if look is not None and self._lanes is not None:
+            self._lanes.begin(look)
+        return look
 
-        Args:
-            seq: Its sequence number, above that of the one before.
-            size: Its size, bytes.
-            now: When.
-        """
-        if seq <= self._cursor:
-            raise ValueError(f"batch {seq} after batch {self._cursor}: out of order")
-        self._cursor = seq
-        self._maybe_more = True
-        self._in_flight[seq] = size
-        self._in_flight_bytes += size
-        self._last_sent = now
+    def found(self, look: Look, batches: Sequence[Waiting], last_seq: int) -> None:
+        """The outbox was read; `last_seq` is the highest number in it by now."""
+        if self._lanes is not None:
+            self._lanes.fill(look, batches, last_seq)
 
-    def begin_read(self) -> None:
-        """The outbox is about to be read.
-
-        If nothing is sent of it, it is not read again before it has more, or the window has more
-        room; what happens while it is read counts.
-        """
-        self._maybe_more = False
+    def take_batches(self, now: float) -> list[Waiting]:
+        """The batches of one message, which the caller sends now; empty: none may go."""
+        taken: list[Waiting] = []
+        size = 0
+        while self._lanes is not None and len(taken) < MESSAGE_BATCHES:
+            lane = self._picked(now)
+            if lane is None or (taken and size + self._lanes.head(lane).size > MESSAGE_BYTES):
+                break
+            item = self._lanes.take(lane)
+            self._window.sent(item.seq, lane, item.size)
+            self.bucket.take(item.size, now)
+            size += item.size
+            taken.append(item)
+        if taken:
+            self._last_sent = now
+        return taken
 
     def appended(self) -> None:
         """The outbox has a new batch."""
-        self._maybe_more = True
+        if self._lanes is not None:
+            self._lanes.appended()
 
     def changed(self, state: pb.RunState) -> None:
         """A run changed its state; a later change of the same run replaces this one."""
@@ -267,8 +245,13 @@ class Session:
             if not command.HasField("welcome"):
                 raise ProtocolError("the server's first message holds no welcome")
             effects.append(self._welcome(command.welcome, now, wall_nanos))
-        for ack in command.batch_acks:
-            effects += self._acknowledge(ack)
+        effects += self._acknowledge(command.batch_acks)
+        for reject in command.batch_rejects:
+            effects += self._reject(reject)
+        if command.HasField("slow_down"):
+            seconds = command.slow_down.millis / 1000
+            self.pause.ask(seconds, now)
+            effects.append(PauseAsked(seconds, command.slow_down.reason))
         if command.runs:
             effects.append(RunsRequested(list(command.runs)))
         if command.cancels:
@@ -285,7 +268,7 @@ class Session:
 
     def _welcome(self, welcome: pb.Welcome, now: float, wall_nanos: int) -> Welcomed:
         self.welcomed = True
-        self._window = welcome.window_bytes or DEFAULT_WINDOW_BYTES
+        self._window = Window(welcome.window_bytes, welcome.window_batches)
         if welcome.expires_unix_nanos:
             left = (welcome.expires_unix_nanos - wall_nanos) / 1e9
             margin = self.rng.uniform(*RENEW_MARGIN_SECONDS)
@@ -293,19 +276,24 @@ class Session:
             # ever closer to the end, and at last let the server end the stream.
             if left > 10:
                 self._plan_end(now + max(left - margin, left * RENEW_SHARE), End.RENEW)
-        return Welcomed(welcome.server, welcome.version, welcome.agent_id)
+        return terms_of(welcome)
 
-    def _acknowledge(self, ack: pb.BatchAck) -> list[Effect]:
+    def _acknowledge(self, acks: Iterable[pb.BatchAck]) -> list[Effect]:
         """Only what was sent on this stream counts: a wrong range must not delete anything else."""
-        if ack.epoch != self.epoch:
+        gone: list[int] = []
+        for ack in acks:
+            if ack.epoch == self.epoch:
+                gone += self._window.acknowledged(ack.first, ack.last)
+        return [BatchesAcked(self.epoch, tuple(ranges(sorted(gone))))] if gone else []
+
+    def _reject(self, reject: pb.BatchReject) -> list[Effect]:
+        size = self._window.refused(reject.seq) if reject.epoch == self.epoch else None
+        if size is None:
             return []
-        acked = sorted(seq for seq in self._in_flight if ack.first <= seq <= ack.last)
-        if not acked:
-            return []
-        for seq in acked:
-            self._in_flight_bytes -= self._in_flight.pop(seq)
-        self._maybe_more = True
-        return [BatchesAcked(ack.epoch, acked[0], acked[-1])]
+        if reject.reason != pb.REJECT_REASON_TOO_LARGE:
+            return [BatchRefused(reject.epoch, reject.seq, reject.reason)]
+        most = batch_bytes(reject.max_bytes or size // 2)
+        return [BatchTooLarge(reject.epoch, reject.seq, most)]
 
     def _drain(self, drain: pb.Drain, now: float) -> Draining:
         spread = self.rng.uniform(0, drain.spread_millis / 1000)
@@ -340,6 +328,16 @@ class Session:
         if self._end is not None:
             times.append(self._end[0])
         return min(times)
+
+    def batches_at(self, now: float) -> float | None:
+        """When batches may go again by the passing of time alone; None: they may, or none wait."""
+        if self._lanes is None:
+            return None
+        if self.pause.active(now):
+            return self.pause.until
+        if self._lanes.waiting and not self.bucket.open(now):
+            return self.bucket.opens_at(now)
+        return None
 
     @property
     def idle(self) -> bool:

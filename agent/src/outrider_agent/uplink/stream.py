@@ -12,20 +12,27 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 import grpc.aio
+from outrider_proto.batches import BatchError
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime.logs import get_logger
 
-from outrider_agent.core import session as protocol
+from outrider_agent.core import effects
+from outrider_agent.core.lanes import READ_BYTES
+from outrider_agent.core.pacing import TokenBucket
 from outrider_agent.core.runs import RunKey
 from outrider_agent.core.session import End, Session, Want
 from outrider_agent.core.storage import Outbox
 from outrider_agent.core.traffic import Traffic
 from outrider_agent.metrics import AgentMetrics
+from outrider_agent.uplink.acks import Acks
+from outrider_agent.uplink.messages import Call, of_batches
 
 log = get_logger("outrider.uplink")
 
 #: Longest wait for the server to end a stream that we half-closed, seconds.
 CLOSE_SECONDS = 2.0
+#: The shortest time for which a timer is set, seconds: less would be a busy loop.
+LEAST_WAIT_SECONDS = 0.01
 
 
 class Runs(Protocol):
@@ -56,9 +63,6 @@ class StreamClosedError(Exception):
     """The server ended the stream without an error."""
 
 
-Call = grpc.aio.StreamStreamCall[pb.PackagedData, pb.Command]
-
-
 class Stream:
     """The agent's side of one stream."""
 
@@ -70,7 +74,8 @@ class Stream:
         runs: Runs,
         metrics: AgentMetrics,
         traffic: Traffic,
-        on_welcome: Callable[[protocol.Welcomed], None],
+        bucket: TokenBucket,
+        on_welcome: Callable[[effects.Welcomed], None],
     ) -> None:
         self._call = call
         self._first = first
@@ -79,11 +84,22 @@ class Stream:
         self._metrics = metrics
         self._traffic = traffic
         self._on_welcome = on_welcome
-        self._session = Session(outbox.epoch, random.Random(), time.monotonic())
-        self._wake = asyncio.Event()
-        self._due = asyncio.Event()
+        self._session = Session(outbox.epoch, random.Random(), time.monotonic(), bucket)
+        self._acks = Acks(outbox, outbox.epoch)
+        self._sent = {want: metrics.sent_messages.labels(want.value) for want in Want}
+        #: Tells the writer that there may be something to send.
+        self._wake = Alarm()
+        #: Tells the timer that the stream may be at its end.
+        self._due = Alarm()
+        self._pause_reason = ""
+        self._rejects_told: set[str] = set()
         self._sending = False
         self._closing = False
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of batches on their way without an acknowledgement."""
+        return self._session.in_flight_bytes
 
     @property
     def idle(self) -> bool:
@@ -113,36 +129,44 @@ class Stream:
         writer = asyncio.create_task(self._write(), name="uplink writer")
         # Of its own, since the writer may be held up by a server that does not read.
         timer = asyncio.create_task(self._watch(), name="uplink timer")
+        # So is the reader's share of the disk: acknowledgements come faster than it takes them.
+        acks = asyncio.create_task(self._acks.run(), name="uplink acknowledgements")
+        tasks = (reader, writer, timer, acks)
         try:
-            await asyncio.wait({reader, writer, timer}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             # The reader first: it knows the status with which the server ended the call.
-            if reader.done() or writer.done():
-                await self._raise_cause(reader, writer)
+            if reader.done() or writer.done() or acks.done():
+                await self._raise_cause(reader, writer, acks)
             await self._close(reader, writer)
             return timer.result()
         finally:
-            for task in (reader, writer, timer):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reader, writer, timer, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._call.cancel()
+            self._wake.cancel()
+            self._due.cancel()
+            self._metrics.slowed_seconds.inc(self._session.pause.elapsed(time.monotonic()))
+            await self._acks.flush()
 
     async def _watch(self) -> End:
         """Wait until the session is to be ended by us."""
         while (end := self._session.ended(time.monotonic())) is None:
-            self._due.clear()
-            await _wait(self._due, self._session.wake_at() - time.monotonic())
+            await self._due.wait(self._session.wake_at())
         return end
 
     async def _raise_cause(
-        self, reader: asyncio.Task[None], writer: asyncio.Task[None]
+        self, reader: asyncio.Task[None], writer: asyncio.Task[None], acks: asyncio.Task[None]
     ) -> NoReturn:
         """Raise what ended the stream."""
-        if not reader.done() and isinstance(
-            writer.exception(), grpc.aio.AioRpcError | asyncio.InvalidStateError
+        if (
+            not reader.done()
+            and writer.done()
+            and isinstance(writer.exception(), grpc.aio.AioRpcError | asyncio.InvalidStateError)
         ):
             # A write on an ended call; the reader learns the status in a moment.
             await asyncio.wait({reader}, timeout=CLOSE_SECONDS)
-        for task in (reader, writer):
+        for task in (reader, writer, acks):
             error = task.exception() if task.done() else None
             # InvalidStateError says only that a write came after the end of the call.
             if error is not None and not isinstance(error, asyncio.InvalidStateError):
@@ -165,11 +189,12 @@ class Stream:
     async def _write(self) -> None:
         while not self._closing:
             now = time.monotonic()
+            self._note_pause(now)
             want = self._session.next(now)
             if want is None:
                 self._sending = False
-                await _wait(self._wake, self._session.wake_at() - now)
-                self._wake.clear()
+                times = (self._session.wake_at(), self._session.batches_at(now))
+                await self._wake.wait(min(when for when in times if when is not None))
                 continue
             self._sending = True
             await self._send_wanted(want)
@@ -178,16 +203,13 @@ class Stream:
         session = self._session
         if want is Want.HELLO:
             session.sent_hello(time.monotonic())
-            await self._send(self._first, want)
+            await self._send(self._first.SerializeToString(), want)
         elif want is Want.REPORT:
             session.begin_report()
             report = pb.RunReport(runs=await self._runs.report(), complete=True)
-            await self._send(pb.PackagedData(run_report=report), want)
-            session.sent(time.monotonic())
+            await self._send_report(report, want)
         elif want is Want.CHANGES:
-            report = pb.RunReport(runs=session.take_changes())
-            await self._send(pb.PackagedData(run_report=report), want)
-            session.sent(time.monotonic())
+            await self._send_report(pb.RunReport(runs=session.take_changes()), want)
         elif want is Want.HEARTBEAT:
             backlog = self._outbox.backlog
             beat = pb.Heartbeat(
@@ -196,39 +218,63 @@ class Stream:
                 backlog_batches=backlog.batches,
             )
             session.sent_heartbeat(time.monotonic())
-            await self._send(pb.PackagedData(heartbeat=beat), want)
+            await self._send(pb.PackagedData(heartbeat=beat).SerializeToString(), want)
+        elif want is Want.LOOK:
+            await self._look()
         else:
             await self._send_batches()
 
-    async def _send_batches(self) -> None:
-        """Send what fits the window, but for what is more urgent: that goes in between."""
-        session = self._session
-        at_least_one = session.nothing_in_flight
-        session.begin_read()
-        waiting = await self._outbox.batches_after(
-            session.cursor, session.budget, at_least_one=at_least_one
+    async def _look(self) -> None:
+        look = self._session.begin_look(time.monotonic())
+        if look is None:
+            return
+        found = await self._outbox.batches_after(
+            look.after, READ_BYTES, upto=look.upto, classes=look.classes, at_least_one=True
         )
-        for item in waiting:
-            session.sent_batch(item.seq, item.size, time.monotonic())
-            await self._send(pb.PackagedData(batches=[item.batch]), Want.BATCHES)
-            self._metrics.sent_records.inc(item.batch.count)
-            self._traffic.sent_records += item.batch.count
-            if self._closing or session.next(time.monotonic()) not in (Want.BATCHES, None):
-                return  # what was not sent is read again: the cursor did not pass it
+        self._session.found(look, found, self._outbox.last_seq)
 
-    async def _send(self, message: pb.PackagedData, want: Want) -> None:
+    async def _send_batches(self) -> None:
+        items = self._session.take_batches(time.monotonic())
+        if not items:
+            return
+        await self._send(of_batches(items), Want.BATCHES)
+        records = sum(item.batch.count for item in items)
+        self._metrics.sent_records.inc(records)
+        self._traffic.sent_records += records
+
+    async def _send_report(self, report: pb.RunReport, want: Want) -> None:
+        message = pb.PackagedData(run_report=report).SerializeToString()
+        await self._send(message, want)
+        self._session.sent(len(message), time.monotonic())
+
+    async def _send(self, message: bytes, want: Want) -> None:
         await self._call.write(message)
-        size = message.ByteSize()
+        size = len(message)
         self._traffic.sent_bytes += size
         self._metrics.sent_bytes.inc(size)
-        self._metrics.sent_messages.labels(want.value).inc()
+        self._sent[want].inc()
+
+    def _note_pause(self, now: float) -> None:
+        """Count the time in which the server wanted no batches, and tell when that changes."""
+        pause = self._session.pause
+        if seconds := pause.elapsed(now):
+            self._metrics.slowed_seconds.inc(seconds)
+        news = pause.news(now)
+        if news:
+            log.warning(
+                "the server asks for no records for a while; they wait in the outbox",
+                reason=self._pause_reason,
+                seconds=round(pause.until - now, 3),
+            )
+        elif news is False:
+            log.info("the server takes all our records again")
 
     # Down.
 
     async def _read(self) -> None:
         while True:
-            command = await self._call.read()
-            if command is grpc.aio.EOF:
+            data = await self._call.read()
+            if not isinstance(data, bytes):  # grpc.aio.EOF
                 code = await self._call.code()
                 if code is grpc.StatusCode.OK:
                     raise StreamClosedError("the server ended the stream")
@@ -238,38 +284,96 @@ class Stream:
                     await self._call.trailing_metadata(),
                     await self._call.details(),
                 )
-            assert isinstance(command, pb.Command)
-            size = command.ByteSize()
+            size = len(data)
             self._traffic.received_bytes += size
             self._traffic.received_messages += 1
             self._metrics.received_bytes.inc(size)
             self._metrics.received_messages.inc()
-            effects = self._session.receive(command, time.monotonic(), time.time_ns())
+            command = pb.Command.FromString(data)
+            asked = self._session.receive(command, time.monotonic(), time.time_ns())
             self._wake.set()
             self._due.set()
-            for effect in effects:
+            for effect in asked:
                 await self._apply(effect)
 
-    async def _apply(self, effect: protocol.Effect) -> None:
+    async def _apply(self, effect: effects.Effect) -> None:
         match effect:
-            case protocol.Welcomed():
+            case effects.Welcomed():
+                self._session.begin_batches(self._outbox.last_seq)
+                self._wake.set()
                 self._on_welcome(effect)
-            case protocol.BatchesAcked(epoch, first, last):
-                await self._outbox.ack_batches(epoch, first, last)
-            case protocol.RunsRequested(commands):
+            case effects.BatchesAcked(_, ranges):
+                await self._acks.add(ranges)
+            case effects.BatchTooLarge() | effects.BatchRefused():
+                await self._take_back(effect)
+            case effects.PauseAsked(_, reason):
+                self._pause_reason = reason
+                self._note_pause(time.monotonic())
+            case effects.RunsRequested(commands):
                 await self._runs.submit(commands)
-            case protocol.CancelsRequested(keys):
+            case effects.CancelsRequested(keys):
                 await self._runs.cancel(keys)
-            case protocol.RunsAcked(keys):
+            case effects.RunsAcked(keys):
                 await self._runs.acknowledge(keys)
-            case protocol.TaskRequested(task):
+            case effects.TaskRequested(task):
                 await self._runs.foreign(task)
-            case protocol.Draining(reason):
+            case effects.Draining(reason):
                 log.info("the server asks us to go elsewhere", reason=reason)
 
+    async def _take_back(self, effect: effects.BatchTooLarge | effects.BatchRefused) -> None:
+        """A batch that the server does not take as it is."""
+        what, text = "other", "the server refuses a batch; it is kept, for the next connection"
+        if isinstance(effect, effects.BatchTooLarge):
+            what, text = "too_large", "a batch was too large for the server: made into smaller ones"
+            if not await self._split(effect):
+                what = "indivisible"
+                text = "a batch is too large for the server and cannot be split; it is kept"
+        self._metrics.rejected_batches.labels(what).inc()
+        # Many may follow one another for the same cause.
+        tell = log.debug if what in self._rejects_told else log.warning
+        self._rejects_told.add(what)
+        tell(text, **{name: getattr(effect, name) for name in effect.__dataclass_fields__})
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, at most so long."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(max(0.01, seconds)):
-            await event.wait()
+    async def _split(self, effect: effects.BatchTooLarge) -> bool:
+        try:
+            pieces = await self._outbox.split_batch(effect.epoch, effect.seq, effect.max_bytes)
+        except BatchError as error:
+            log.error("a batch cannot be opened", seq=effect.seq, error=str(error))  # noqa: TRY400 - the text says it all
+            return False
+        return pieces > 0
+
+
+class Alarm:
+    """An event with a time.
+
+    To wait takes no timer of its own: one that rings too early does no harm.
+    """
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
+
+    def set(self) -> None:
+        """Wake who waits."""
+        self._event.set()
+
+    async def wait(self, when: float) -> None:
+        """Wait until it is set, or until a time of the steady clock at the latest."""
+        if self._timer is None or when < self._rings_at:
+            self.cancel()
+            seconds = max(LEAST_WAIT_SECONDS, when - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
+            self._rings_at = when
+        await self._event.wait()
+        self._event.clear()
+
+    def cancel(self) -> None:
+        """Drop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._event.set()

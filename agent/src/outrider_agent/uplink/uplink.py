@@ -6,6 +6,7 @@ every connect. What goes over a stream is `stream`'s matter.
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +14,21 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-from outrider_proto.channel import TokenFile, bearer, connect
+from outrider_proto.channel import TokenFile, connect
 from outrider_proto.v1 import agent_pb2 as pb
-from outrider_proto.v1.agent_pb2_grpc import AgentServiceStub
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.discovery import DiscoveryError, resolve
 from outrider_runtime.logs import get_logger
 
-from outrider_agent.core.routes import MAX_DISCOVERED, Route, plan
-from outrider_agent.core.session import End, ProtocolError, Welcomed
+from outrider_agent.core.effects import Welcomed
+from outrider_agent.core.pacing import TokenBucket
+from outrider_agent.core.routes import MAX_DISCOVERED, Route, plan, pushback
+from outrider_agent.core.session import End, ProtocolError
 from outrider_agent.core.storage import Outbox, StorageError
 from outrider_agent.core.traffic import Traffic
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import ServerSettings
+from outrider_agent.uplink.messages import open_transfer
 from outrider_agent.uplink.stream import Runs, Stream, StreamClosedError
 
 log = get_logger("outrider.uplink")
@@ -83,12 +86,22 @@ class Uplink:
         self._token = TokenFile(settings.token_file)
         self._backoff = Backoff(settings.backoff_base_seconds, settings.backoff_cap_seconds)
         self._stream: Stream | None = None
+        self._rng = random.Random()
         self._told: set[str] = set()
         self._welcomed_at = 0.0
         self._avoid = ""
+        #: Where a server asked us to come later: its address, and after how many seconds.
+        self._later: tuple[str, float] | None = None
+        # The same for all streams: a new one is no reason for another burst.
+        self._bucket = TokenBucket(settings.max_bytes_per_second)
+        #: Called with the terms of each server that takes us.
+        self.on_welcome: Callable[[Welcomed], None] = lambda _: None
         #: How the server in use was found: "sd", "private" or "public"; empty before the first.
         self.net_mode = ""
         self.traffic = Traffic()
+        metrics.in_flight_bytes.set_function(
+            lambda: 0 if self._stream is None else self._stream.in_flight_bytes
+        )
         set_connected(False, "not connected yet")
 
     def run_changed(self, state: pb.RunState) -> None:
@@ -118,11 +131,15 @@ class Uplink:
                 end = await self._use(route, runs)
                 planned = end is not None and end.planned
                 self._avoid = route.address if end is End.DRAIN else ""
+                if self._later is not None:
+                    break  # the other servers would only be asked for the same favour
                 if planned or self._lasted(STEADY_SECONDS):
                     break  # look for servers anew: there may be others by now
             if self._lasted(STEADY_SECONDS):
                 self._backoff.reset()
-            if not planned or not self._lasted(QUICK_SECONDS):
+            if self._later is not None:
+                await asyncio.sleep(self._later[1])
+            elif not planned or not self._lasted(QUICK_SECONDS):
                 await asyncio.sleep(self._backoff.next())
 
     def _lasted(self, seconds: float) -> bool:
@@ -144,11 +161,13 @@ class Uplink:
             private=settings.private.get(settings.region, ""),
             public=settings.public.get(settings.region, ""),
             avoid=self._avoid,
+            prefer="" if self._later is None else self._later[0],
         )
 
     async def _use(self, route: Route, runs: Runs) -> End | None:
         """Connect to one address and stay; why we left of our own will, None for an error."""
         self._welcomed_at = 0.0
+        self._later = None
         result = "failed"
         try:
             end = await self._stay(route, runs)
@@ -156,8 +175,7 @@ class Uplink:
             result = "unreachable"
             self._tell(str(error))
         except grpc.aio.AioRpcError as error:
-            result = "refused" if error.code() in _REFUSALS else "failed"
-            self._tell(_explain(route, error))
+            result = self._take_error(route, error)
         except (StreamClosedError, ProtocolError, StorageError) as error:
             self._tell(f"{route.address}: {error}")
         else:
@@ -172,6 +190,17 @@ class Uplink:
             self._metrics.connects.labels(route.mode.value, result).inc()
         return None
 
+    def _take_error(self, route: Route, error: grpc.aio.AioRpcError) -> str:
+        """A stream that ended with an error: tell of it; its result for the metrics."""
+        seconds = pushback(error.trailing_metadata() or (), self._rng)
+        if seconds is None:
+            self._tell(_explain(route, error))
+            return "refused" if error.code() in _REFUSALS else "failed"
+        self._later = (route.address, seconds)
+        details = error.details() or error.code().name
+        self._tell(f"{route.address}: the server asks us to come later: {details}", seconds)
+        return "pushed_back"
+
     async def _stay(self, route: Route, runs: Runs) -> End:
         try:
             ca = await asyncio.to_thread(Path(self._settings.ca_file).read_bytes)
@@ -181,14 +210,14 @@ class Uplink:
         channel = connect(route.address, ca=ca, server_name=self._settings.server_name)
         try:
             await self._dial(channel, route)
-            call = AgentServiceStub(channel).Transfer(metadata=bearer(token))
             stream = Stream(
-                call,
+                open_transfer(channel, token),
                 self._identity.first_message(route),
                 self._outbox,
                 runs,
                 self._metrics,
                 self.traffic,
+                self._bucket,
                 on_welcome=lambda welcomed: self._welcome(route, welcomed),
             )
             self._stream = stream
@@ -232,6 +261,7 @@ class Uplink:
             net_mode=route.mode.value,
             agent_id=welcomed.agent_id,
         )
+        self.on_welcome(welcomed)
 
     def _leave(self, reason: str, *, planned: bool) -> None:
         if planned:
@@ -241,16 +271,18 @@ class Uplink:
         else:
             self._tell(reason)
 
-    def _tell(self, problem: str) -> None:
-        """Not connected, and why: logged when it is news."""
+    def _tell(self, problem: str, seconds: float | None = None) -> None:
+        """Not connected, and why: logged when it is news; `seconds`: until we try again."""
         self._metrics.connected.set(0)
         self._set_connected(False, problem)
         # Several addresses fail in turn: each problem is news once, until we were connected.
         if problem not in self._told and len(self._told) < MAX_TOLD:
             self._told.add(problem)
-            log.warning("not connected", reason=problem, failures=self._backoff.failures)
+            tell, event = log.warning, "not connected"
         else:
-            log.debug("still not connected", reason=problem, failures=self._backoff.failures)
+            tell, event = log.debug, "still not connected"
+        more = {} if seconds is None else {"seconds": round(seconds, 1)}
+        tell(event, reason=problem, failures=self._backoff.failures, **more)
 
 
 def _explain(route: Route, error: grpc.aio.AioRpcError) -> str:
