@@ -44,10 +44,13 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[SinkCase]:
     async def read_all() -> list[Decoded]:
         return read(folder)
 
+    async def read_aside() -> list[Decoded]:
+        return [item for path in sorted(folder.glob("*.dead-letter")) for item in read_file(path)]
+
     task = asyncio.create_task(sink.run(stop))
     await eventually(lambda: health.ready or task.done())
     try:
-        yield SinkCase(sink, health, read_all, stop, task)
+        yield SinkCase(sink, health, read_all, stop, task, read_aside)
     finally:
         stop.set()
         with suppress(asyncio.CancelledError):

@@ -49,9 +49,12 @@ async def running_sink(bootstrap: str, topic: str, **settings: Any) -> AsyncIter
     async def read() -> list[Decoded]:
         return await read_topic(bootstrap, topic)
 
+    async def read_aside() -> list[Decoded]:
+        return await read_topic(bootstrap, f"{topic}.dead-letter")
+
     task = asyncio.create_task(sink.run(stop))
     try:
-        yield SinkCase(sink, health, read, stop, task)
+        yield SinkCase(sink, health, read, stop, task, read_aside)
     finally:
         stop.set()
         async with asyncio.timeout(60):

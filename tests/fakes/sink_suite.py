@@ -19,13 +19,14 @@ from outrider_runtime.health import Health
 
 @dataclass
 class SinkCase:
-    """A sink that runs, and how to read what it has stored."""
+    """A sink that runs, and how to read what it has stored and what it has set aside."""
 
     sink: RunnableSink
     health: Health
     read: Callable[[], Awaitable[list[Decoded]]]
     stop: asyncio.Event
     task: asyncio.Task[None]
+    read_aside: Callable[[], Awaitable[list[Decoded]]]
 
 
 def batch(seq: int, text: bytes = b"x", *, epoch: int = 3, records: int = 2) -> RecordBatch:
@@ -87,6 +88,23 @@ class SinkSuite:
         gone.cancel()
         await sink_case.sink.store(origin(), batch(2))
         assert ("uid-1", 3, 2) in names(await sink_case.read())
+
+    async def test_store_returns_a_future_at_once(self, sink_case: SinkCase) -> None:
+        """There is a call for each batch: a coroutine would need a task of its own."""
+        storing = sink_case.sink.store(origin(), batch(1))
+        assert isinstance(storing, asyncio.Future)
+        assert not storing.done()
+        await storing
+
+    async def test_set_aside_keeps_batch_and_reason(self, sink_case: SinkCase) -> None:
+        where = origin()
+        await sink_case.sink.store(where, batch(1))
+        await sink_case.sink.set_aside(where, batch(2, b"poison"), "cannot be opened")
+        (found,) = await sink_case.read_aside()
+        assert (found.agent_id, found.node, found.seq) == (where.agent_id, where.node, 2)
+        assert found.reason == "cannot be opened"
+        assert [record.data for record in found.records] == [b"poison", b"poison"]
+        assert names(await sink_case.read()) == {("uid-1", 3, 1)}
 
     async def test_largest_batch(self, sink_case: SinkCase) -> None:
         large = batch(1, os.urandom(1_040_000), records=4)

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import OutOfOrderSequenceNumber
 from cluster.kafka import KafkaBroker
 from cluster.supervised import free_port
+from confluent_kafka import KafkaError
+from confluent_kafka.admin import AdminClient, NewTopic
 from fakes.gateway import eventually
 from fakes.kafka_sink import running_sink
 from fakes.sink_suite import SinkCase, SinkSuite, batch, names, origin
@@ -19,6 +19,7 @@ from outrider_operator.core.sink import SinkRejectedError, SinkUnavailableError
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import KafkaSinkSettings
 from outrider_operator.sinks import kafka as kafka_module
+from outrider_operator.sinks import kafka_producer
 from outrider_operator.sinks.kafka import KafkaSink
 from outrider_runtime.health import Health
 from outrider_runtime.settings import SettingsError
@@ -30,6 +31,13 @@ async def sink_case(kafka: KafkaBroker, kafka_topic: str) -> AsyncIterator[SinkC
     async with running_sink(kafka.bootstrap, kafka_topic) as case:
         await eventually(lambda: case.health.ready)
         yield case
+
+
+async def make_topic(kafka: KafkaBroker, name: str, max_message_bytes: int) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    config = {"max.message.bytes": str(max_message_bytes)}
+    made = admin.create_topics([NewTopic(name, 1, 1, config=config)])
+    await asyncio.to_thread(made[name].result, 30)
 
 
 def reason(case: SinkCase) -> str:
@@ -75,9 +83,11 @@ async def test_killed_under_load_loses_nothing_that_was_acknowledged(
                 before = len(acknowledged)
                 await eventually(lambda b=before: len(acknowledged) > b + 500)  # type: ignore[misc]
                 await asyncio.to_thread(kafka.kill)
-                await asyncio.sleep(0)  # what the broker answered before is read
-                held = len(acknowledged)
+                # What the broker answered before is in the socket still; that it is gone is read
+                # behind all of that.
                 await eventually(lambda: not case.health.ready)
+                held = len(acknowledged)
+                await asyncio.sleep(0.5)
                 assert len(acknowledged) == held  # nobody is there to store anything
                 unready += 1
                 await asyncio.to_thread(kafka.resume)
@@ -98,9 +108,7 @@ async def test_frozen_broker_acknowledges_nothing_and_holds_a_bound(
         await eventually(lambda: case.health.ready)
         kafka.freeze()
         try:
-            storing = [
-                asyncio.create_task(case.sink.store(origin(), _fat(seq))) for seq in range(1, 21)
-            ]
+            storing = [case.sink.store(origin(), _fat(seq)) for seq in range(1, 21)]
             await eventually(lambda: not case.health.ready, 30)
             assert "no Kafka broker answers" in reason(case)
             refused = [task for task in storing if task.done()]
@@ -124,7 +132,7 @@ async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> Non
     try:
         async with running_sink(kafka.bootstrap, kafka_topic, retry_cap_seconds=0.5) as case:
             await eventually(lambda: "no Kafka broker answers" in reason(case))
-            storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
+            storing = case.sink.store(origin(), batch(1))
             await asyncio.sleep(0)
             assert not storing.done()
             await asyncio.to_thread(kafka.resume)
@@ -139,7 +147,7 @@ async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> Non
 async def test_stops_in_time_while_the_broker_is_away(kafka_topic: str) -> None:
     async with running_sink(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
         await eventually(lambda: "no Kafka broker answers" in reason(case))
-        storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
+        storing = case.sink.store(origin(), batch(1))
         await asyncio.sleep(0)
         began = time.monotonic()
         case.stop.set()
@@ -153,13 +161,13 @@ async def test_stops_in_time_while_the_broker_is_frozen(
     kafka: KafkaBroker, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kafka_module, "FLUSH_SECONDS", 0.5)
-    monkeypatch.setattr(kafka_module, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(kafka_producer, "CLOSE_SECONDS", 0.5)
     timeout = 30.0  # of a broker: the end must not wait for that
     async with running_sink(kafka.bootstrap, kafka_topic, request_timeout_seconds=timeout) as case:
         await eventually(lambda: case.health.ready)
         kafka.freeze()
         try:
-            storing = asyncio.create_task(case.sink.store(origin(), batch(1)))
+            storing = case.sink.store(origin(), batch(1))
             await eventually(lambda: bool(case.sink._pending))  # type: ignore[attr-defined]
             case.stop.set()
             await asyncio.wait_for(case.task, 10)
@@ -169,34 +177,28 @@ async def test_stops_in_time_while_the_broker_is_frozen(
             kafka.thaw()
 
 
-async def test_stuck_producer_is_made_anew(
-    sink_case: SinkCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_fatal_producer_is_made_anew(sink_case: SinkCase) -> None:
     sink: Any = sink_case.sink
     await sink.store(origin(), batch(1))
-    stuck = sink._producer
-
-    async def out_of_order(*_: object, **__: object) -> None:
-        raise OutOfOrderSequenceNumber
-
-    monkeypatch.setattr(stuck._producer, "send_and_wait", out_of_order)
-    with pytest.raises(SinkUnavailableError):
-        await sink.store(origin(), batch(2))
-    await eventually(lambda: sink._producer not in (None, stuck))
+    broken = sink._producer
+    # What librdkafka says when it cannot go on, such as a sequence number out of order.
+    broken._on_error(
+        KafkaError(KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, "out of order", fatal=True)
+    )
+    await eventually(lambda: sink._producer not in (None, broken))
     await sink.store(origin(), batch(2))
     assert names(await sink_case.read()) == {("uid-1", 3, 1), ("uid-1", 3, 2)}
-    assert sink._metrics.sink_restarts.labels("OutOfOrderSequenceNumber")._value.get() == 1
+    assert sink._metrics.sink_restarts.labels("Other")._value.get() == 1
 
 
 async def test_what_a_given_up_producer_held_comes_back_at_once(
     kafka: KafkaBroker, sink_case: SinkCase
 ) -> None:
     sink: Any = sink_case.sink
-    held = sink._producer._producer._message_accumulator
     kafka.freeze()
     try:
-        storing = asyncio.create_task(sink.store(origin(), batch(1)))
-        await eventually(lambda: bool(held._batches or held._pending_batches))
+        storing = sink.store(origin(), batch(1))
+        assert len(sink._producer) == 1
         sink._producer.give_up("Stalled")
         with pytest.raises(SinkUnavailableError):
             await asyncio.wait_for(storing, 4)
@@ -204,6 +206,7 @@ async def test_what_a_given_up_producer_held_comes_back_at_once(
         kafka.thaw()
     await sink.store(origin(), batch(1))
     assert names(await sink_case.read()) == {("uid-1", 3, 1)}
+    assert sink._metrics.sink_errors.labels("MadeAnew")._value.get() == 1
 
 
 async def test_topic_that_must_not_be_made(kafka: KafkaBroker, kafka_topic: str) -> None:
@@ -212,12 +215,7 @@ async def test_topic_that_must_not_be_made(kafka: KafkaBroker, kafka_topic: str)
 
 
 async def test_batch_larger_than_the_topic_takes(kafka: KafkaBroker, kafka_topic: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    await admin.start()
-    await admin.create_topics(
-        [NewTopic(kafka_topic, 1, 1, topic_configs={"max.message.bytes": "10000"})]
-    )
-    await admin.close()
+    await make_topic(kafka, kafka_topic, 10_000)
     async with running_sink(kafka.bootstrap, kafka_topic) as case:
         await eventually(lambda: case.health.ready)
         with pytest.raises(SinkRejectedError, match="max.message.bytes"):

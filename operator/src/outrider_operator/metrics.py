@@ -127,6 +127,12 @@ class ServerMetrics:
         self.sink_restarts = self._counter(
             "sink_restarts_total", "Times the sink was opened anew, by reason.", "reason"
         )
+        self.sink_messages = self._counter(
+            "sink_messages_total", "Messages handed to Kafka, by topic of the settings.", "topic"
+        )
+        self.sink_errors = self._counter(
+            "sink_errors_total", "Messages that Kafka did not store, by kind of error.", "kind"
+        )
         self.sink_files = self._gauge("sink_files", "Files of the file sink.")
         self.sink_file_bytes = self._gauge("sink_file_bytes", "Bytes in files of the file sink.")
         self.sink_free_bytes = self._gauge(

@@ -1,12 +1,15 @@
-"""Keeps aiokafka's log within bounds while brokers are away, and its last word as the reason.
+"""Keeps librdkafka's log within bounds while brokers are away.
 
 It writes several lines a second then; the sink itself logs each change of its state once.
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Final
+
+from outrider_operator.sinks.kafka_producer import LIBRARY_LOG
 
 #: The same line comes again at most so often, seconds.
 REPEAT_SECONDS: Final = 30.0
@@ -15,30 +18,28 @@ MAX_LINES: Final = 64
 
 
 class BrokerLog(logging.Handler):
-    """Passes on what aiokafka logs, repeated lines seldom; remembers the last warning."""
+    """Passes on what the library logs, repeated lines seldom."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logging.WARNING)
         self._now = now
         self._shown: dict[str, float] = {}
         self._onward = logging.getLogger("kafka.client")
-        self.last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Called by logging for each line."""
-        template, now = str(record.msg), self._now()
-        self.last = record.getMessage()
-        if now - self._shown.get(template, float("-inf")) < REPEAT_SECONDS:
+        line, now = record.getMessage(), self._now()
+        # Ports, ids and times are what repeated lines differ in.
+        alike = re.sub(r"\d+", "0", line)
+        if now - self._shown.get(alike, float("-inf")) < REPEAT_SECONDS:
             return
         if len(self._shown) >= MAX_LINES:
             self._shown.clear()
-        self._shown[template] = now
-        self._onward.warning("aiokafka: %s", self.last)
+        self._shown[alike] = now
+        self._onward.warning("librdkafka: %s", line)
 
     def install(self) -> None:
-        """Take the place of what handled aiokafka's lines before."""
-        logger = logging.getLogger("aiokafka")
-        # Below WARNING it writes the content of messages.
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-        logger.handlers[:] = [self]
+        """Take the place of what handled the library's lines before."""
+        LIBRARY_LOG.setLevel(logging.WARNING)
+        LIBRARY_LOG.propagate = False
+        LIBRARY_LOG.handlers[:] = [self]
