@@ -27,7 +27,7 @@ from swarm import measure
 #: What Python is told before the agent's module, to run it with a load.
 LOADED = __file__
 RATE_VARIABLE = "BENCH_RECORDS_RATE"
-RATES = (1000, 5000)
+RATES = (1000, 5000, 20_000)
 TICK_SECONDS = 0.1
 #: The bounds of docs/performance.md.
 MOST_IDLE_MIB, MOST_IDLE_PERCENT = 60.0, 0.5
@@ -96,7 +96,8 @@ def measure_agent(
             f"agent, {rate} records/s: CPU per 1,000 records/s",
             100 * each,
             "% of a core",
-            100 * MOST_CORES_AT_20000 / 20,
+            # The bound is one of many records: what is paid by the second weighs less there.
+            100 * MOST_CORES_AT_20000 / 20 if rate >= 20_000 else None,
         )
 
 

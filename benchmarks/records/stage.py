@@ -128,7 +128,11 @@ class Stage:
 
 
 #: Nobody is to be told to slow down where the most that is possible is looked for.
-UNLIMITED: dict[str, Any] = {}
+UNLIMITED: dict[str, Any] = {
+    "connectRate": 1000,
+    "connectBurst": 1000,
+    "limits": {"agentRecordsPerSecond": 0, "agentBytesPerSecond": 0},
+}
 
 
 class Load:

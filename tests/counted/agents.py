@@ -20,15 +20,17 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import uvloop
 from outrider_agent.core.batching import BatchLimits
+from outrider_agent.core.effects import Welcomed
 from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import ServerSettings
+from outrider_agent.store.outbox import NewBatch
 from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.store.store import Store, StoreLimits, open_store
 from outrider_agent.uplink.uplink import Identity, Uplink
@@ -65,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         accepted_file: ids of accepted records, one a line; added to.
         status_file: where the status is written, as JSON, a few times a second.
         rate: records a second and agent.
+        relaxed: whether batches may be synced a moment after they were accepted; a kill must not
+            matter then either.
         max_outbox_bytes: of each agent.
         members: the agents.
     """
@@ -76,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     accepted_file: str
     status_file: str
     rate: float
+    relaxed: bool = False
     max_outbox_bytes: int = 256 * MIB
     members: list[Member]
 
@@ -96,22 +101,19 @@ class Notes:
         self.count += len(ids)
 
 
-class NotingStore:
-    """The real store; what it has accepted is noted before the recorder learns of it."""
+def note_appends(store: Store, notes: Notes) -> None:
+    """Have what a store accepts noted, before its recorder learns that it was."""
+    append = store.append_batches
 
-    def __init__(self, store: Store, notes: Notes) -> None:
-        self._store = store
-        self._notes = notes
+    async def noting(news: Sequence[NewBatch]) -> list[Any]:
+        results: list[Any] = list(await append(news))
+        for new, result in zip(news, results, strict=True):
+            if not isinstance(result, Exception):
+                content = pb.RecordList.FromString(b"".join(new.held.entries))
+                notes.add([found for r in content.records if (found := id_of(r))])
+        return results
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    async def append_batch(self, new: Any) -> Any:
-        """As the store's own."""
-        ids = [found for r in new.records if (found := id_of(r))]
-        done = await self._store.append_batch(new)
-        self._notes.add(ids)
-        return done
+    store.append_batches = noting  # type: ignore[method-assign]  # nobody else needs a hook there
 
 
 def id_of(record: pb.EncodedRecord) -> str:
@@ -150,8 +152,8 @@ class Agent:
         self.store = store
         self.metrics = AgentMetrics(new_registry())
         options = RecorderOptions(BatchLimits(0.1, 512 * 1024), pb.CODEC_ZSTD)
-        noting = cast("Store", NotingStore(store, notes))
-        self.recorder = Recorder(noting, options, self.metrics)
+        note_appends(store, notes)
+        self.recorder = Recorder(store, options, self.metrics)
         server = ServerSettings(
             target=settings.target,
             ca_file=settings.ca_file,
@@ -175,10 +177,15 @@ class Agent:
             server, Identity(hello, envelope), store, self.metrics, self._set_connected
         )
         store.on_append = self.uplink.batch_appended
+        self.uplink.on_welcome = self._take_terms
         self.made = 0
 
     def _set_connected(self, connected: bool, problem: str) -> None:
         self.connected = connected
+
+    def _take_terms(self, terms: Welcomed) -> None:
+        self.recorder.set_max_batch_bytes(terms.max_batch_bytes)
+        self.recorder.set_groups(terms.groups)
 
     async def run(self) -> None:
         """For ever."""
@@ -235,7 +242,10 @@ def write_status(file: Path, agents: Sequence[Agent], notes: Notes, *, loaded: b
 async def all_agents(settings: Settings, notes: Notes) -> AsyncIterator[list[Agent]]:
     """The agents, on their files."""
     limits = StoreLimits(
-        max_outbox_bytes=settings.max_outbox_bytes, tombstone_seconds=3600, max_tombstones=100
+        max_outbox_bytes=settings.max_outbox_bytes,
+        tombstone_seconds=3600,
+        max_tombstones=100,
+        relaxed=settings.relaxed,
     )
     async with contextlib.AsyncExitStack() as stack:
         agents = []

@@ -235,6 +235,7 @@ class Fleet:
                 accepted_file=str(self.folder / f"{name}.accepted"),
                 status_file=str(self.folder / f"{name}.status.json"),
                 rate=self.size.rate,
+                relaxed=number == 0,
                 members=members[number :: self.size.processes],
             )
 
