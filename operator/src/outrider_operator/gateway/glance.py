@@ -2,8 +2,8 @@
 
 Counting the fields of a large message one by one costs more than all else that is done with it.
 Of a message of batches nearly all is their `records`, which stay bytes when the message is parsed:
-when the rest is small there is nothing to count. One match for each batch; knows the order in which the
-usual libraries write, and takes everything else for the rest.
+when the rest is small there is nothing to count. One match for each batch; knows the order in
+which the usual libraries write, and takes everything else for the rest.
 """
 
 import re

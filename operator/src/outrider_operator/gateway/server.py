@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health as grpc_health
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import PingRequest, PingResponse
@@ -192,9 +192,13 @@ class Gateway:
             FLEET_SERVICE: {"Link": grpc.stream_stream_rpc_method_handler(self._link)},
             # Named anyway: the interceptor says whether it is there.
             PLAIN_SERVICE: {"Transfer": grpc.stream_stream_rpc_method_handler(self._transfer)},
-            # Before grpc's own servicer, which is left with Watch: this one reads no message.
             grpc_health.SERVICE_NAME: {
                 "Check": grpc.stream_stream_rpc_method_handler(self._check),
+                "Watch": grpc.unary_stream_rpc_method_handler(
+                    status.Watch,
+                    request_deserializer=health_pb2.HealthCheckRequest.FromString,
+                    response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+                ),
             },
         }
         server.add_generic_rpc_handlers(
@@ -203,7 +207,6 @@ class Gateway:
                 for service, handlers in methods.items()
             )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(status, server)
         names = (AGENT_SERVICE, FLEET_SERVICE, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
