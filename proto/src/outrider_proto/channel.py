@@ -56,6 +56,9 @@ def client_options(server_name: str) -> list[tuple[str, str | int]]:
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         # Without it a dead peer is only found 60 s after the ping.
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        # Its pings would follow what we receive, wait behind megabytes of records on a thin link,
+        # and so end the connection as if the peer were dead.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_send_message_length", limits.MESSAGE_BYTES),

@@ -264,6 +264,21 @@ def test_a_backlog_leaves_room_for_fresh_records_and_both_for_results() -> None:
     assert window.room(Lane.LIVE, 10) is window.room(Lane.RESULTS, 10) is Room.FULL
 
 
+def test_a_full_backlog_goes_on_in_large_steps() -> None:
+    """Else each acknowledgement would make room for one batch, in a message of its own."""
+    window = Window(8000, 1000)
+    for seq in range(1, 61):
+        window.sent(seq, Lane.BACKLOG, 100)
+    assert window.room(Lane.BACKLOG, 100) is Room.SHARE
+    window.acknowledged(1, 14)
+    assert window.room(Lane.BACKLOG, 100) is Room.SHARE
+    window.acknowledged(15, 15)
+    for seq in range(61, 76):
+        assert window.room(Lane.BACKLOG, 100) is Room.FITS
+        window.sent(seq, Lane.BACKLOG, 100)
+    assert window.room(Lane.BACKLOG, 100) is Room.SHARE
+
+
 def test_the_window_is_one_of_batches_too() -> None:
     window = Window(10**9, 8)
     for lane, most in ((Lane.BACKLOG, 6), (Lane.LIVE, 1), (Lane.RESULTS, 1)):

@@ -22,6 +22,9 @@ READ_BYTES = 512 * limits.KIB
 RESULT_CLASS = frozenset({RecordClass.RESULT})
 OTHER_CLASSES = frozenset(RecordClass) - RESULT_CLASS
 
+#: The order of turns, by whether the backlog was given less.
+_TURNS = ((Lane.LIVE, Lane.BACKLOG), (Lane.BACKLOG, Lane.LIVE))
+
 #: Whether a batch of this lane and size may go.
 Fits = Callable[[Lane, int], Room]
 
@@ -75,11 +78,7 @@ class Lanes:
         self._results = _Line(0)
         self._live = _Line(last_seq)
         self._backlog = _Line(0, upto=last_seq, more=last_seq > 0)
-        self._lines = {
-            Lane.RESULTS: self._results,
-            Lane.LIVE: self._live,
-            Lane.BACKLOG: self._backlog,
-        }
+        self._lines = (self._results, self._live, self._backlog)  # by lane
         #: What the lane in turn had been given when its turn began.
         self._turn = 0
 
@@ -164,8 +163,7 @@ class Lanes:
             return Lane.RESULTS if fit is Room.FITS else None
         if self._results.more or urgent_only:
             return None
-        turns = sorted((Lane.LIVE, Lane.BACKLOG), key=lambda lane: self._lines[lane].given)
-        for lane in turns:
+        for lane in _TURNS[self._backlog.given < self._live.given]:
             line = self._lines[lane]
             if not line.items and not line.more:
                 continue

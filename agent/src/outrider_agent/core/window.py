@@ -7,7 +7,7 @@ is to go. Sends nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 from outrider_proto import limits
 
@@ -17,17 +17,20 @@ DEFAULT_WINDOW_BATCHES = 1024
 #: What all but results may fill, and what the backlog alone may fill, as a share of the window.
 JOINT_SHARE = 7 / 8
 BACKLOG_SHARE = 3 / 4
+#: A backlog that has its share rests until it has this part of it: else each acknowledgement would
+#: make room for one batch, and every batch be a message of its own.
+RESUME_SHARE = 3 / 4
 
 
-class Lane(Enum):
+class Lane(IntEnum):
     """What a batch belongs to on a stream."""
 
     #: Output and outcome of runs.
-    RESULTS = "results"
+    RESULTS = 0
     #: Other records that came after the stream was opened.
-    LIVE = "live"
+    LIVE = 1
     #: Other records that waited when it was opened.
-    BACKLOG = "backlog"
+    BACKLOG = 2
 
 
 class Room(Enum):
@@ -75,6 +78,7 @@ class Window:
         self._flight: dict[int, tuple[Lane, int]] = {}
         self._all = _Held()
         self._backlog = _Held()
+        self._resting = False
 
     @property
     def in_flight_bytes(self) -> int:
@@ -88,17 +92,23 @@ class Window:
         joint = 1.0 if lane is Lane.RESULTS else JOINT_SHARE
         # Its first one counts against the others' share only: else one larger than its own share
         # could wait for ever.
-        if (
-            lane is Lane.BACKLOG
-            and self._backlog.batches
-            and not self._backlog.fits(
-                size, self._bytes * BACKLOG_SHARE, self._batches * BACKLOG_SHARE
-            )
-        ):
+        if lane is Lane.BACKLOG and self._backlog.batches and not self._backlog_may(size):
             return Room.SHARE
         if not self._all.fits(size, self._bytes * joint, self._batches * joint):
             return Room.FULL
         return Room.FITS
+
+    def _backlog_may(self, size: int) -> bool:
+        held, share = self._backlog, BACKLOG_SHARE
+        if self._resting:
+            resume = share * RESUME_SHARE
+            self._resting = (
+                held.bytes > self._bytes * resume or held.batches > self._batches * resume
+            )
+        self._resting = self._resting or not held.fits(
+            size, self._bytes * share, self._batches * share
+        )
+        return not self._resting
 
     def sent(self, seq: int, lane: Lane, size: int) -> None:
         """A batch goes."""
