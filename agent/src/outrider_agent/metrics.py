@@ -44,6 +44,13 @@ class AgentMetrics:
             registry=registry,
         )
 
+        self.inventory_left_out = Gauge(
+            "outrider_agent_inventory_left_out",
+            "Entries of the inventory beyond its bound, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+
     def _uplink(self, registry: CollectorRegistry) -> None:
         self.connected = Gauge(
             "outrider_agent_connected", "1 while a server has taken our stream.", registry=registry

@@ -33,7 +33,7 @@ _NAME_CHARACTERS = 128
 _IGNORED_DISKS = ("loop", "ram", "zram", "sr", "fd")
 _IGNORED_NETWORKS = ("lo",)
 #: In memory, read-only by their nature, or no room of their own.
-_IGNORED_KINDS = frozenset(
+IGNORED_KINDS = frozenset(
     {
         "autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts",
         "devtmpfs", "erofs", "fusectl", "hugetlbfs", "iso9660", "mqueue", "nsfs", "overlay",
@@ -114,7 +114,7 @@ class HostMetrics:
         seen: set[str] = set()
         wanted = []
         for mount in self._file_systems.mounts():
-            if mount.kind not in _IGNORED_KINDS and mount.number not in seen:
+            if mount.kind not in IGNORED_KINDS and mount.number not in seen:
                 seen.add(mount.number)  # bind mounts of one file system
                 wanted.append(mount)
         for found in self._file_systems.ask(wanted[:MAX_DEVICES]):

@@ -9,7 +9,9 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Generic, TypeVar
 
 from outrider_proto import records
 from outrider_runtime.logs import get_logger
@@ -24,24 +26,25 @@ SLOW_SECONDS = 10.0
 
 
 Fields = dict[str, str]
+T = TypeVar("T")
 
 
-class _Thread:
+class _Thread(Generic[T]):
     """One thread for all collections of one collector.
 
     Always the same one, for some counters are kept for each thread. Not an executor's: the program
     would wait for it at its end.
     """
 
-    def __init__(self, name: str, collect: Callable[[], Fields]) -> None:
+    def __init__(self, name: str, collect: Callable[[], T]) -> None:
         self._collect = collect
         self._loop = asyncio.get_running_loop()
-        self._asked: queue.SimpleQueue[asyncio.Future[Fields] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[asyncio.Future[T] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def collect(self) -> asyncio.Future[Fields]:
+    def collect(self) -> asyncio.Future[T]:
         """Begin a collection."""
-        future: asyncio.Future[Fields] = self._loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
         self._asked.put(future)
         return future
 
@@ -51,23 +54,59 @@ class _Thread:
 
     def _work(self) -> None:
         while (future := self._asked.get()) is not None:
-            fields: Fields = {}
-            error: Exception | None = None
+            settle: Callable[[], None]
             try:
-                fields = self._collect()
+                settle = partial(future.set_result, self._collect())
             except Exception as problem:  # noqa: BLE001 - handed to the one who waits
-                error = problem
+                settle = partial(future.set_exception, problem)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                self._loop.call_soon_threadsafe(_settle, future, fields, error)
+                self._loop.call_soon_threadsafe(_settle, future, settle)
 
 
-def _settle(future: asyncio.Future[Fields], fields: Fields, error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(fields)
-    else:
-        future.set_exception(error)
+def _settle(future: asyncio.Future[T], settle: Callable[[], None]) -> None:
+    if not future.done():
+        settle()
+
+
+async def repeat_forever(
+    name: str,
+    interval: float,
+    collect: Callable[[], T],
+    deliver: Callable[[T], Awaitable[None]],
+    metrics: AgentMetrics,
+) -> None:
+    """Collect now and after each interval, and deliver what was found.
+
+    Args:
+        name: For metrics and logs; a constant.
+        interval: Seconds from one begin to the next.
+        collect: Gathers; may block.
+        deliver: Takes what it returned.
+        metrics: Count.
+    """
+    thread = _Thread(name, collect)
+    failing = False
+    try:
+        while True:
+            began = time.monotonic()
+            work = thread.collect()
+            try:
+                done, _ = await asyncio.wait({work}, timeout=SLOW_SECONDS)
+                if not done:
+                    log.warning("collector is slow", collector=name, seconds=SLOW_SECONDS)
+                found = await work
+            except Exception as error:  # noqa: BLE001 - hosts differ: one reading less, told once
+                metrics.collection_failures.labels(name).inc()
+                if not failing:
+                    log.warning("collector failed", collector=name, error=repr(error))
+                failing = True
+            else:
+                failing = False
+                metrics.collections.labels(name).observe(time.monotonic() - began)
+                await deliver(found)
+            await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
+    finally:
+        thread.end()
 
 
 async def collect_forever(
@@ -88,27 +127,9 @@ async def collect_forever(
         sink: Takes the records.
         metrics: Count.
     """
-    thread = _Thread(name, collect)
-    failing = False
-    try:
-        while True:
-            began = time.monotonic()
-            work = thread.collect()
-            try:
-                done, _ = await asyncio.wait({work}, timeout=SLOW_SECONDS)
-                if not done:
-                    log.warning("collector is slow", collector=name, seconds=SLOW_SECONDS)
-                fields = await work
-            except Exception as error:  # noqa: BLE001 - hosts differ: one reading less, told once
-                metrics.collection_failures.labels(name).inc()
-                if not failing:
-                    log.warning("collector failed", collector=name, error=repr(error))
-                failing = True
-            else:
-                failing = False
-                metrics.collections.labels(name).observe(time.monotonic() - began)
-                record = records.payload(data_type, int(time.time()), fields)
-                sink.submit(record, RecordClass.TELEMETRY)
-            await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
-    finally:
-        thread.end()
+
+    async def deliver(fields: Fields) -> None:
+        record = records.payload(data_type, int(time.time()), fields)
+        sink.submit(record, RecordClass.TELEMETRY)
+
+    await repeat_forever(name, interval, collect, deliver, metrics)

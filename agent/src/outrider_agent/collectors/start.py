@@ -11,7 +11,7 @@ from typing import Any
 from outrider_proto import records
 from prometheus_client import CollectorRegistry
 
-from outrider_agent.collectors import nodemetrics
+from outrider_agent.collectors import inventory, nodemetrics
 from outrider_agent.collectors.filesystems import FileSystems
 from outrider_agent.collectors.heartbeat import Heartbeat
 from outrider_agent.collectors.host import HostMetrics
@@ -75,4 +75,17 @@ class Collectors:
                     ),
                 )
             )
+        if settings.inventory.enabled:
+            found.append(("inventory", self._inventory(paths, file_systems)))
         return found
+
+    def _inventory(self, paths: HostPaths, file_systems: FileSystems) -> Coroutine[Any, Any, None]:
+        settings = self.settings.collectors.inventory
+        failures, left_out = self.metrics.collection_failures, self.metrics.inventory_left_out
+        what = inventory.Inventory(
+            inventory.kinds(settings, paths, file_systems),
+            settings,
+            lambda kind: failures.labels(f"inventory/{kind}").inc(),
+            lambda kind, count: left_out.labels(kind).set(count),
+        )
+        return inventory.report_forever(what, self.sink, self.metrics)
