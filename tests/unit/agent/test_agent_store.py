@@ -3,17 +3,21 @@
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.agent_parts import LIMITS, batch_of, run_state, store_in, value
+from outrider_agent.core.eviction import Disk
 from outrider_agent.core.records import RecordClass
 from outrider_agent.core.runs import RunKey
-from outrider_agent.core.storage import JournalFullError, Process, StorageError
-from outrider_agent.store import journal
+from outrider_agent.core.storage import JournalFullError, OutboxFullError, Process, StorageError
+from outrider_agent.store import journal, space
 from outrider_agent.store.database import FILE_NAME
 from outrider_agent.store.store import Store, StoreLimits
 from outrider_proto import batches, records
@@ -252,6 +256,153 @@ async def test_a_full_disk_is_an_error_that_passes(tmp_path: Path) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         assert await store.accept_run(run_state("b")) is None
         assert (await store.append_batch(batch_of("x"))).seq == 1
+
+
+def small(**more: Any) -> StoreLimits:
+    return StoreLimits(max_outbox_bytes=5_000, tombstone_seconds=1, max_tombstones=1, **more)
+
+
+async def test_results_stay_and_others_are_refused_while_results_fill_the_outbox(
+    tmp_path: Path,
+) -> None:
+    made_room = 0
+
+    def room() -> None:
+        nonlocal made_room
+        made_room += 1
+
+    async with store_in(tmp_path, small(result_reserve_bytes=2_500)) as store:
+        store.on_room = room
+        await store.append_batch(batch_of("l" * 1000, RecordClass.LOG))
+        for _ in range(6):
+            await store.append_batch(batch_of("r" * 1000, RecordClass.RESULT))
+        assert store.crowded == {RecordClass.LOG, RecordClass.TELEMETRY}
+        assert [w.seq for w in await store.batches_after(0, 10**6)] == [2, 3, 4, 5, 6, 7]
+        with pytest.raises(OutboxFullError, match="results wait"):
+            for _ in range(3):
+                await store.append_batch(batch_of("r" * 1000, RecordClass.RESULT))
+        assert store.backlog.bytes <= 7_500
+        before = made_room
+        await store.ack_batches(store.epoch, 1, 5)
+        assert made_room > before
+        assert store.crowded == frozenset()
+        await store.append_batch(batch_of("r" * 1000, RecordClass.RESULT))
+
+
+async def test_one_result_too_many_takes_no_other_batch_with_it(tmp_path: Path) -> None:
+    async with store_in(tmp_path, small()) as store:
+        full, kept = await store.append_batches(
+            [batch_of("r" * 6000, RecordClass.RESULT), batch_of("l", RecordClass.LOG)]
+        )
+        assert isinstance(full, OutboxFullError)
+        assert not isinstance(kept, Exception)
+        assert kept.seq == 1
+
+
+async def test_lanes(tmp_path: Path) -> None:
+    """What the uplink asks for: results first, then what is new, then what is old."""
+    async with store_in(tmp_path) as store:
+        for record_class in (RecordClass.LOG, RecordClass.RESULT, RecordClass.TELEMETRY) * 2:
+            await store.append_batch(batch_of("x", record_class))
+        assert store.last_seq == 6
+
+        async def seqs(**more: Any) -> list[int]:
+            return [w.seq for w in await store.batches_after(0, 10**6, **more)]
+
+        assert await seqs(classes=[RecordClass.RESULT]) == [2, 5]
+        assert await seqs(upto=3) == [1, 2, 3]
+        assert await seqs(classes={RecordClass.LOG, RecordClass.TELEMETRY}, upto=4) == [1, 3, 4]
+        assert await seqs(classes=[]) == []
+        found = await store.batches_after(4, 10**6)
+        assert [w.record_class for w in found] == [RecordClass.RESULT, RecordClass.TELEMETRY]
+    async with store_in(tmp_path) as store:
+        assert store.last_seq == 6
+
+
+@pytest.mark.parametrize(("relaxed", "syncs"), [(False, 5), (True, 1)])
+async def test_which_commits_wait_for_the_disk(tmp_path: Path, relaxed: bool, syncs: int) -> None:
+    """Appends do, or one for all within a second; acknowledgements and reads never; runs always."""
+    registry = CollectorRegistry()
+    async with store_in(tmp_path, replace(LIMITS, relaxed=relaxed), registry) as store:
+
+        def synced() -> float:
+            return value(registry, "outrider_agent_store_syncs_total")
+
+        before = synced()
+        for _ in range(5):
+            await store.append_batch(batch_of("x"))
+        # In the relaxed mode the one that reserves numbers, and perhaps the one that is due.
+        assert syncs <= synced() - before <= (4 if relaxed else 5)
+        if relaxed:
+            async with asyncio.timeout(10):
+                while store._worker._unsynced_since is not None:
+                    await asyncio.sleep(0.01)
+            assert synced() - before >= 2
+        before = synced()
+        await store.ack_batches(store.epoch, 1, 3)
+        await store.batches_after(0, 10**6)
+        await store.totals()
+        assert synced() == before
+        await store.accept_run(run_state("a"))
+        assert synced() == before + 1
+
+
+async def test_numbers_that_were_reserved_are_skipped_after_a_kill_only(tmp_path: Path) -> None:
+    relaxed = replace(LIMITS, relaxed=True)
+    async with store_in(tmp_path / "a", relaxed) as store:
+        assert (await store.append_batch(batch_of("x"))).seq == 1
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    async with store_in(tmp_path / "a", relaxed) as store:
+        assert (await store.append_batch(batch_of("x"))).seq == 2
+    # Whatever the durability is then.
+    async with store_in(tmp_path / "b") as store:
+        assert (await store.append_batch(batch_of("x"))).seq > 1000
+
+
+async def test_a_disk_with_little_room_makes_the_outbox_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()
+    free = 10**9
+    monkeypatch.setattr(space, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(space, "disk_of", lambda _: Disk(size=10**10, free=free))
+    limits = replace(LIMITS, max_outbox_bytes=10**6, min_free_bytes=10**6)
+    name = "outrider_agent_dropped_records_total"
+    async with store_in(tmp_path, limits, registry) as store:
+        for _ in range(8):
+            await store.append_batch(batch_of("x" * 100_000, RecordClass.LOG))
+        await store.append_batch(batch_of("x" * 100_000, RecordClass.RESULT))
+        assert value(registry, "outrider_agent_outbox_limit_bytes") == 10**6
+        await checkpoint(store)
+        before = (tmp_path / FILE_NAME).stat().st_size
+        free = 10**6 - 300_000
+        async with asyncio.timeout(10):
+            while store.backlog.bytes > 650_000:
+                await store.totals()
+        labels = {"class": "log", "reason": "disk_low"}
+        assert value(registry, name, **labels) >= 3
+        assert value(registry, "outrider_agent_outbox_limit_bytes") < 700_000
+        assert "disk_low" in store.losses
+        # The file gets smaller by it: somebody else may have the space.
+        async with asyncio.timeout(10):
+            while (tmp_path / FILE_NAME).stat().st_size > before - 250_000:
+                await store.totals()
+        free = 0
+        async with asyncio.timeout(10):
+            while store.crowded != {RecordClass.LOG, RecordClass.TELEMETRY}:
+                await store.totals()
+        (left,) = await store.batches_after(0, 10**7)
+        assert left.record_class is RecordClass.RESULT
+        free = 10**9
+        async with asyncio.timeout(10):
+            while store.crowded:
+                await store.totals()
+
+
+async def checkpoint(store: Store) -> None:
+    """Move all of the log into the file: its size tells what is in it then."""
+    await store._do(lambda _: None)
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 async def test_closing_finishes_what_waits(tmp_path: Path) -> None:
