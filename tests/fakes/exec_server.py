@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 STDOUT, STDERR, ERROR = b"\x01", b"\x02", b"\x03"
 
@@ -76,18 +76,47 @@ class ExecServer:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        out, err = await process.communicate()
-        # As a kubelet does: at once what it read, wherever that ends.
-        for channel, data in ((STDOUT, out), (STDERR, err)):
-            for at in range(0, len(data), 10_000):
-                await socket.send_bytes(channel + data[at : at + 10_000])
-                if pod in self.breaking:
-                    await socket.close()
-                    return socket
+        sending = [
+            asyncio.create_task(self._send(socket, pod, STDOUT, process.stdout)),
+            asyncio.create_task(self._send(socket, pod, STDERR, process.stderr)),
+        ]
+        listening = asyncio.create_task(socket.receive())
+        try:
+            left = set(sending)
+            while left and not listening.done():
+                done, _ = await asyncio.wait(
+                    {*left, listening}, return_when=asyncio.FIRST_COMPLETED
+                )
+                left -= done
+                if not all(task.result() for task in done - {listening}):
+                    break
+            if left:
+                await socket.close()
+                return socket
+            await process.wait()
+        finally:
+            # As where the one who asked has gone: nobody reads what it prints.
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            for task in (*sending, listening):
+                task.cancel()
         await socket.send_bytes(ERROR + json.dumps(_status(process.returncode or 0)).encode())
         await socket.close()
-        assert (await socket.receive()).type in (WSMsgType.CLOSED, WSMsgType.CLOSING)
         return socket
+
+    async def _send(
+        self, socket: web.WebSocketResponse, pod: str, channel: bytes, stream: Any
+    ) -> bool:
+        """Hand on what a command prints, as a kubelet does: at once, wherever that ends."""
+        while data := await stream.read(10_000):
+            try:
+                await socket.send_bytes(channel + data)
+            except ConnectionError:
+                return False
+            if pod in self.breaking:
+                return False
+        return True
 
 
 def _status(code: int) -> dict[str, Any]:

@@ -72,12 +72,15 @@ def _main(words: list[str]) -> int:
     if after and arguments.command != "run":
         raise UsageError(f"{arguments.command} takes nothing after --")
     arguments.words = after
+    command = _command(arguments.command)
+    if arguments.command == "records" and arguments.records:
+        return command.run(None, arguments)  # folders need no cluster
     from outrider_cli.cluster import connect  # takes half a second: not before flags are right
 
     cluster = connect(
         arguments.kubeconfig, arguments.context, arguments.namespace, arguments.request_timeout
     )
-    return _command(arguments.command).run(cluster, arguments)
+    return command.run(cluster, arguments)
 
 
 def _command(name: str) -> Command:
@@ -89,6 +92,7 @@ HELP: Final = {
     "run": "run a command on nodes now, and show what came of it: run [flags] -- CMD...",
     "results": "what came of a task, node by node",
     "output": "all that a task printed on one node",
+    "records": "what agents gather: shown as it comes (tail), or written to a file (export)",
     "cancel": "end a task on all nodes",
     "agents": "which agents there are, and why others are away",
     "ping": "how long the way to each node and back takes",

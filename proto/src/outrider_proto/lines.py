@@ -43,7 +43,8 @@ class Wanted:
         if self.nodes and node not in self.nodes:
             return False
         # Where each record is a message its time has whole seconds only.
-        if server_unix_nanos // _NANOS < math.floor(self.since):
+        whole = server_unix_nanos % _NANOS == 0
+        if server_unix_nanos < (math.floor(self.since) if whole else self.since) * _NANOS:
             return False
         named = set(data_types)
         return not self.data_types or not named or 0 in named or bool(self.data_types & named)
@@ -175,8 +176,8 @@ class Folder:
         self._done = ""
         self._open: tuple[str, IO[bytes], Parser] | None = None
 
-    def read(self, problems: list[str]) -> Iterator[Line]:
-        """What there is beyond what was read before.
+    def read(self, problems: list[str]) -> Iterator[Line | None]:
+        """What there is beyond what was read before; None now and then where nothing is wanted.
 
         Args:
             problems: What could not be read is added here, a sentence each; the rest is read on.
@@ -210,7 +211,7 @@ class Folder:
         self._done = _key(path)
         self.close()
 
-    def _read_file(self, path: Path, problems: list[str], *, last: bool) -> Iterator[Line]:
+    def _read_file(self, path: Path, problems: list[str], *, last: bool) -> Iterator[Line | None]:
         if self._open is None or self._open[0] != path.name:
             self.close()
             if not last and path.stat().st_mtime < self._wanted.since - FILE_SLACK_SECONDS:
@@ -218,6 +219,7 @@ class Folder:
             self._open = (path.name, path.open("rb"), Parser())
         _, file, parser = self._open
         while data := file.read(CHUNK):
+            yield None
             for stored in parser.feed(data):
                 # Most batches need not be opened.
                 types, time = stored.batch.data_types, stored.server_unix_nanos

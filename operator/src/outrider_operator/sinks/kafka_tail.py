@@ -129,6 +129,7 @@ async def _up_to(
             for message in messages:
                 if message.offset < ends[partition]:
                     yield message
+        yield None
 
 
 async def _live(
@@ -141,10 +142,9 @@ async def _live(
         for messages in fetched.values():
             for message in messages:
                 yield message
+        yield None
         if fetched:
             asked = time.monotonic()
-            continue
-        yield None
         if time.monotonic() - asked >= ASK_SECONDS:
             try:
                 async with asyncio.timeout(ASK_SECONDS):
