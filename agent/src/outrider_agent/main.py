@@ -20,7 +20,6 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import structlog
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime import life, logs
@@ -191,7 +190,6 @@ class _Agent:
         """Make all parts; nothing runs yet."""
         started = time.time()
         paths = paths_of(settings)
-        psutil.PROCFS_PATH = settings.node.proc
         recorder = Recorder(store, _recorder_options(settings), metrics)
         uplink = Uplink(
             settings.server,
@@ -201,7 +199,7 @@ class _Agent:
             partial(health.set, "connected"),
         )
         store.on_append = uplink.batch_appended
-        uplink.on_welcome = partial(_take_terms, recorder)
+        uplink.on_welcome = partial(take_terms, recorder)
         health.live("store", store.check)
         host = Host(
             place=_place(settings),
@@ -298,7 +296,7 @@ def _place(settings: AgentSettings) -> Place:
     )
 
 
-def _take_terms(recorder: Recorder, terms: Welcomed) -> None:
+def take_terms(recorder: Recorder, terms: Welcomed) -> None:
     """Make batches as the server wants them from now on."""
     recorder.set_max_batch_bytes(terms.max_batch_bytes)
     recorder.set_groups(terms.groups)

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fakes.agent_parts import ListSink, value
 from outrider_agent.collectors import hostinfo, schedule
@@ -190,3 +192,34 @@ asyncio.run(main())
 
 def test_a_collector_that_hangs_does_not_keep_the_program_alive() -> None:
     subprocess.run([sys.executable, "-c", HANGING], check=True, timeout=30)
+
+
+def test_addresses_are_those_of_the_kernel() -> None:
+    def known(family: socket.AddressFamily) -> set[str]:
+        return {
+            entry.address.partition("%")[0]
+            for entries in psutil.net_if_addrs().values()
+            for entry in entries
+            if entry.family == family
+            and not entry.address.startswith(("127.", "::1", "fe80", "169."))
+        }
+
+    found = hostinfo.addresses()
+    assert set(found.intranet_ipv4 + found.extranet_ipv4) == known(socket.AF_INET)
+    assert set(found.intranet_ipv6 + found.extranet_ipv6) == known(socket.AF_INET6)
+
+
+def test_cpu_usage_is_of_the_time_since_the_last_beat(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    beat = Heartbeat(
+        paths=HostPaths(proc=tmp_path),
+        state_directory=tmp_path,
+        region="",
+        traffic=Traffic(),
+        status=lambda: AgentStatus("running", "", "sd"),
+        started=0,
+    )
+    stat.write_text("cpu 100 0 0 900 0 0 0 0 0 0\n")
+    assert beat.collect()["cpu_usage"] == "0.00"
+    stat.write_text("cpu 125 0 0 950 25 0 0 0 0 0\n")
+    assert beat.collect()["cpu_usage"] == "25.00"

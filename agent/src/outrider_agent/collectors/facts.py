@@ -4,8 +4,6 @@ import json
 import os
 import time
 
-import psutil
-
 from outrider_agent.collectors import hostinfo
 from outrider_agent.collectors.hostinfo import HostPaths
 
@@ -13,13 +11,12 @@ from outrider_agent.collectors.hostinfo import HostPaths
 def facts(paths: HostPaths, *, node: str, version: str) -> bytes:
     """The facts, as indented JSON with a line feed at its end. Blocks: use a thread."""
     addresses = hostinfo.addresses()
-    memory = psutil.virtual_memory()
     found = {
         "node": node,
         "agent_version": version,
-        "uptime_seconds": int(time.time() - psutil.boot_time()),
+        "uptime_seconds": int(time.time() - hostinfo.boot_time(paths.proc)),
         "load": [round(load, 2) for load in os.getloadavg()],
-        "memory_available_bytes": memory.available,
+        "memory_available_bytes": hostinfo.memory(paths.proc)[1],
         "ipv4": addresses.intranet_ipv4 + addresses.extranet_ipv4,
         "ipv6": addresses.intranet_ipv6 + addresses.extranet_ipv6,
         **hostinfo.static_fields(paths),

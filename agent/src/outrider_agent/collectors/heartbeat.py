@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from outrider_agent.collectors import hostinfo
 from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.core import procfs
@@ -55,6 +53,7 @@ class Heartbeat:
         self._started = started
         self._rates = Rates()
         self._static: dict[str, str] = {}
+        self._ticks = (0, 0)
 
     def collect(self) -> dict[str, str]:
         """The fields of one heart-beat."""
@@ -100,18 +99,29 @@ class Heartbeat:
         }
 
     def _of_host(self) -> dict[str, str]:
-        loads = psutil.getloadavg()
-        running, total = process_counts(self._paths.proc)
+        proc = self._paths.proc
+        loads = procfs.loads(hostinfo.read(proc / "loadavg")) or (0.0, 0.0, 0.0)
+        running, total = process_counts(proc)
+        memory, available = hostinfo.memory(proc)
         return {
             "load_1": f"{loads[0]:.2f}",
             "load_5": f"{loads[1]:.2f}",
             "load_15": f"{loads[2]:.2f}",
             "running_procs": str(running),
             "total_procs": str(total),
-            # Since the last call; 0 at the first.
-            "cpu_usage": f"{psutil.cpu_percent():.2f}",
-            "mem_usage": f"{psutil.virtual_memory().percent:.2f}",
+            "cpu_usage": f"{self._cpu_usage():.2f}",
+            "mem_usage": f"{100 * (memory - available) / max(1, memory):.2f}",
         }
+
+    def _cpu_usage(self) -> float:
+        """Percent of all processors since the last call; 0 at the first."""
+        found = procfs.cpu_ticks(hostinfo.read(self._paths.proc / "stat"), 0)
+        busy, total = procfs.busy(found[""]) if "" in found else (0, 0)
+        before, self._ticks = self._ticks, (busy, total)
+        passed = total - before[1]
+        if before[1] == 0 or passed <= 0:
+            return 0.0
+        return min(100.0, max(0.0, 100 * (busy - before[0]) / passed))
 
 
 def process_counts(proc: Path) -> tuple[int, int]:

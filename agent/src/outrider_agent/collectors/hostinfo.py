@@ -4,19 +4,23 @@ Calls block: use a thread. Reads of the host what is mounted for us and invents 
 cannot be read is empty.
 """
 
+import array
+import fcntl
 import ipaddress
 import os
 import platform
 import socket
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+from outrider_agent.core import procfs
 
 #: Most addresses of one kind that are told.
 MAX_ADDRESSES = 64
 _FILE_BYTES = 256 * 1024
 _PART_BYTES = 64 * 1024
+_SIOCGIFCONF = 0x8912
 #: Most bytes of a table of the kernel that grows with the host.
 TABLE_BYTES = 2 * 1024 * 1024
 
@@ -79,9 +83,9 @@ def static_fields(paths: HostPaths) -> dict[str, str]:
         "host_model": read(dmi / "product_name"),
         "host_vendor": read(dmi / "sys_vendor"),
         "cpu_name": _cpu_name(paths.proc),
-        "nproc": str(psutil.cpu_count() or 0),
-        "total_mem": str(psutil.virtual_memory().total),
-        "boot_time": str(int(psutil.boot_time())),
+        "nproc": str(os.cpu_count() or 0),
+        "total_mem": str(memory(paths.proc)[0]),
+        "boot_time": str(boot_time(paths.proc)),
     }
 
 
@@ -130,18 +134,44 @@ def count_processes(proc: Path) -> int:
 def addresses() -> Addresses:
     """The addresses of this network namespace, but for loopback and link-local ones."""
     found = Addresses()
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            if entry.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
-            address = ipaddress.ip_address(entry.address.partition("%")[0])
-            if address.is_loopback or address.is_link_local:
-                continue
-            kind = "intranet" if address.is_private else "extranet"
-            listed: list[str] = getattr(found, f"{kind}_ipv{address.version}")
-            if len(listed) < MAX_ADDRESSES:
-                listed.append(str(address))
+    all_of_them: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = [
+        *_ipv4(),
+        *procfs.ipv6(read(Path("/proc/net/if_inet6"))),
+    ]
+    for address in all_of_them:
+        if address.is_loopback or address.is_link_local:
+            continue
+        kind = "intranet" if address.is_private else "extranet"
+        listed: list[str] = getattr(found, f"{kind}_ipv{address.version}")
+        if len(listed) < MAX_ADDRESSES and str(address) not in listed:
+            listed.append(str(address))
     return found
+
+
+def _ipv4() -> list[ipaddress.IPv4Address]:
+    """All IPv4 addresses, as the kernel lists them: SIOCGIFCONF, see netdevice(7)."""
+    size = 16 + max(16, 3 * struct.calcsize("P"))  # a name, and a union that has pointers in it
+    buffer = array.array("B", bytes(size * 1024))
+    place, room = buffer.buffer_info()
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+            got = fcntl.ioctl(asking, _SIOCGIFCONF, struct.pack("iP", room, place))
+    except OSError:
+        return []  # there is no IPv4
+    used = struct.unpack("iP", got)[0]
+    starts = range(20, used, size)
+    return [ipaddress.IPv4Address(buffer[start : start + 4].tobytes()) for start in starts]
+
+
+def memory(proc: Path) -> tuple[int, int]:
+    """The host's memory: all, and what may be had without swapping; bytes."""
+    found = procfs.memory(read(proc / "meminfo"))
+    return found.get("MemTotal_bytes", 0), found.get("MemAvailable_bytes", 0)
+
+
+def boot_time(proc: Path) -> int:
+    """When the host started, seconds since the Unix epoch; 0 if it cannot be read."""
+    return procfs.stat_totals(read(proc / "stat", TABLE_BYTES)).get("btime", 0)
 
 
 def self_counters() -> dict[str, float]:

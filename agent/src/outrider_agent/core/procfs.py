@@ -1,11 +1,13 @@
 """What the kernel's text files say, as numbers: pure functions over the text of /proc files.
 
 Why our own and not a library's: psutil's root of proc is one global, it reads the mounts and
-networks of this process instead of the host's, and leaves out half of what dashboards ask for.
+networks of this process instead of the host's, leaves out half of what dashboards ask for, and
+takes 1.3 MiB of each node.
 Kernels differ and the text is not trusted: what does not parse is left out, never an error; every
 result is bounded by a number that the caller gives or that is stated here. Reads no file.
 """
 
+import ipaddress
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -168,6 +170,21 @@ def statistics(text: str) -> Iterator[tuple[str, int]]:
             value = number(word)
             if value is not None and _NAME.fullmatch(f"{protocol}_{name}"):
                 yield f"{protocol}_{name}", value
+
+
+def ipv6(text: str) -> Iterator[ipaddress.IPv6Address]:
+    """/proc/net/if_inet6: the addresses of all devices."""
+    for line in text.splitlines()[:MAX_NAMES]:
+        try:
+            yield ipaddress.IPv6Address(int(line[:32], 16))
+        except ValueError:
+            continue
+
+
+def busy(ticks: list[int]) -> tuple[int, int]:
+    """Ticks in which a processor did something, and all, of one line of `cpu_ticks`."""
+    modes = dict(zip(CPU_MODES, ticks, strict=False))
+    return sum(modes.values()) - modes["idle"] - modes["iowait"], sum(modes.values())
 
 
 def pressure(text: str) -> dict[str, int]:
