@@ -9,11 +9,6 @@ import random
 import socket
 from dataclasses import dataclass
 
-import dns.asyncresolver
-import dns.exception
-import dns.rdatatype
-from dns.rdtypes.IN.SRV import SRV
-
 from outrider_runtime.settings import SettingsError, address
 
 
@@ -82,6 +77,12 @@ async def resolve(
 
 
 async def _srv(name: str) -> list[Address]:
+    # Not before it is needed: it takes 3 MiB, which whoever knows the addresses can spare.
+    import dns.asyncresolver
+    import dns.exception
+    import dns.rdatatype
+    from dns.rdtypes.IN.SRV import SRV
+
     try:
         answer = await dns.asyncresolver.resolve(name, dns.rdatatype.SRV, search=True)
     except (dns.exception.DNSException, OSError) as error:
