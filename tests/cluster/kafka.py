@@ -2,7 +2,7 @@
 
 Why it exists: what Outrider promises about records ("acknowledged only when Kafka has them") is
 about a real broker's behaviour under faults. It must not be fit for anything but tests: one
-replica, small heap, no security.
+replica, small heap, and security only where a test asks for it (kafka_security.py).
 """
 
 from __future__ import annotations
@@ -71,12 +71,15 @@ def properties(data: Path, listener: str, advertised: str, controller_port: int)
     return "".join(f"{name}={value}\n" for name, value in settings.items())
 
 
-def format_command(jars: Path, settings: Path) -> list[str]:
-    """Return the command that prepares an empty data folder; to be run once, before the broker."""
+def format_command(jars: Path, settings: Path, *more: str) -> list[str]:
+    """Return the command that prepares an empty data folder; to be run once, before the broker.
+
+    `more` are further options of the tool.
+    """
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     tool = ["-cp", f"{jars}/*", "kafka.tools.StorageTool", "format"]
     # One word: an id may begin with "-", which would be taken for another option.
-    return [*JAVA, *QUIET, *tool, f"--cluster-id={cluster}", "-c", str(settings)]
+    return [*JAVA, *QUIET, *tool, f"--cluster-id={cluster}", "-c", str(settings), *more]
 
 
 def broker_command(jars: Path, settings: Path) -> list[str]:
@@ -130,7 +133,7 @@ class KafkaBroker:
         try:
             self._port, controller = free_port(HOST), free_port(HOST)
             self._settings.write_text(self._properties(controller))
-            command = format_command(self._jars, self._settings)
+            command = format_command(self._jars, self._settings, *self._format_options())
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ClusterError(f"Kafka's storage tool failed: {done.stdout}{done.stderr}")
@@ -144,6 +147,10 @@ class KafkaBroker:
         """What stands in server.properties; a line that comes later replaces an earlier one."""
         data = self._folder / "data"
         return properties(data, self.bootstrap, self.bootstrap, controller_port)
+
+    def _format_options(self) -> list[str]:
+        """Further options for preparing the data folder."""
+        return []
 
     def resume(self) -> None:
         """Start the broker again after `kill` or `terminate`, on the same port and data.

@@ -16,23 +16,28 @@ from outrider_runtime.health import Health
 from prometheus_client import CollectorRegistry
 
 
-async def read_topic(bootstrap: str, topic: str) -> list[Decoded]:
-    """All messages of a topic, as they are now."""
+async def raw_messages(bootstrap: str, topic: str) -> list[Any]:
+    """All messages of a topic, as they are now, unopened."""
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest")
     await consumer.start()
     try:
         consumer.subscribe([topic])
         await eventually(lambda: bool(consumer.assignment()))
         ends = await consumer.end_offsets(list(consumer.assignment()))
-        found: list[Decoded] = []
+        found: list[Any] = []
         for partition, end in ends.items():
             while await consumer.position(partition) < end:
-                message = await consumer.getone(partition)
-                assert message.key == dict(message.headers)["outrider-agent"]
-                found.append(decode_message(message.headers, message.value or b""))
+                found.append(await consumer.getone(partition))
         return found
     finally:
         await consumer.stop()
+
+
+async def read_topic(bootstrap: str, topic: str) -> list[Decoded]:
+    """All messages of a topic, as they are now, opened."""
+    messages = await raw_messages(bootstrap, topic)
+    assert all(message.key == dict(message.headers)["outrider-agent"] for message in messages)
+    return [decode_message(message.headers, message.value or b"") for message in messages]
 
 
 @asynccontextmanager

@@ -10,13 +10,12 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from confluent_kafka import KafkaException
 from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import RecordBatch
-from outrider_runtime.backoff import Backoff
 from outrider_runtime.health import Health
 from outrider_runtime.settings import address
 
@@ -30,27 +29,16 @@ from outrider_operator.core.sink import (
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings_kafka import KafkaSinkSettings, check_kafka
 from outrider_operator.sinks.base import SinkState
+from outrider_operator.sinks.kafka_connection import Connection
 from outrider_operator.sinks.kafka_log import BrokerLog
 from outrider_operator.sinks.kafka_messages import Headers, Messages
 from outrider_operator.sinks.kafka_producer import KafkaProducer
 from outrider_operator.sinks.kafka_records import RecordWriter, cost_of
-from outrider_operator.sinks.kafka_security import SecurityError, for_librdkafka
 from outrider_operator.sinks.kafka_sending import Sending, kind_of
-from outrider_operator.sinks.kafka_topic import (
-    MESSAGE_BYTES,
-    OVERHEAD_BYTES,
-    TopicError,
-    TopicLimits,
-    Topics,
-)
+from outrider_operator.sinks.kafka_topic import MESSAGE_BYTES, TopicLimits
 
-#: The brokers are asked for a sign of life so often, and what topics take so often, seconds.
-PROBE_SECONDS: Final = 3.0
-LIMITS_SECONDS: Final = 60.0
 #: What is on its way at the end gets so long to be stored, seconds.
 FLUSH_SECONDS: Final = 10.0
-#: Reasons for a new producer that have a name of their own in the metrics.
-RESTARTS: Final = ("Stalled", "LimitChanged", "UnknownTopic", "Fatal")
 
 
 class KafkaSink:
@@ -76,17 +64,20 @@ class KafkaSink:
             ((route.data_types, route.topic) for route in settings.routes), settings.topic
         )
         self._messages = Messages()
-        self._writer: RecordWriter | None = None
-        self._limits: dict[str, TopicLimits] = {}
-        self._max_batch_bytes = limits.BATCH_BYTES
-        self._producer: KafkaProducer | None = None
+        self._connection = Connection(
+            settings,
+            self._routes.topics,
+            self._state,
+            metrics,
+            fetched=self._fetched,
+            silent=lambda: time.monotonic() - self._moved_at if self._sendings else 0.0,
+        )
         # What came while there was no producer, in order.
         self._early: deque[tuple[Sending, Origin, RecordBatch]] = deque()
         self._sendings: set[Sending] = set()
         self._stopped = False
-        self._doubted = False
-        self._problem = ""
-        self._refusal = ""
+        # Limits that a broker did not keep to, and that were read again for it.
+        self._doubted: dict[str, TopicLimits] | None = None
         self._pending_bytes = 0
         self._moved_at = time.monotonic()
         self._idle = asyncio.Event()
@@ -95,13 +86,14 @@ class KafkaSink:
         self._stored = 0
         self._stored_bytes = 0
         self._by_topic: Counter[str] = Counter()
+        self._writer: RecordWriter | None = None
         if settings.format == "record":
-            self._writer = RecordWriter(self._routes, self._produce, self._room)
+            self._writer = RecordWriter(self._routes, self._produce, self._connection.room)
 
     @property
     def max_batch_bytes(self) -> int:
         """Largest RecordBatch.records that fits into a message of every topic, bytes."""
-        return self._max_batch_bytes
+        return limits.BATCH_BYTES if self._writer is not None else self._connection.least_room
 
     @property
     def separate(self) -> Sequence[Sequence[int]]:
@@ -111,6 +103,10 @@ class KafkaSink:
     @property
     def _pending(self) -> int:
         return len(self._sendings)
+
+    @property
+    def _producer(self) -> KafkaProducer | None:
+        return self._connection.producer
 
     def store(self, origin: Origin, batch: RecordBatch) -> "asyncio.Future[None]":
         """Store a batch; done once all replicas in sync have it, waits while no broker answers.
@@ -150,7 +146,9 @@ class KafkaSink:
         if failure is not None:
             raise failure
         topic = self._settings.dead_letters
-        key, headers, value = self._messages.dead_letter(origin, batch, reason, self._room(topic))
+        key, headers, value = self._messages.dead_letter(
+            origin, batch, reason, self._connection.room(topic)
+        )
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Of no size: it is not counted as a batch that was stored.
         sending = Sending(future, 0, size, (topic,), self._ended)
@@ -165,31 +163,33 @@ class KafkaSink:
     async def run(self, stop: asyncio.Event) -> None:
         """Keep a producer open until `stop` is set, then send what waits and return."""
         BrokerLog().install()
-        backoff = Backoff(0.5, self._settings.retry_cap_seconds)
         writing = asyncio.ensure_future(self._write_records())
+        running = asyncio.ensure_future(self._connection.run(stop, self._opened, self._flush))
         try:
-            while not stop.is_set():
-                opened = await self._open(stop)
-                if opened is None:
-                    await _first(stop.wait(), seconds=backoff.next())
-                    continue
-                backoff.reset()
-                await self._use(*opened, stop, writing)
+            # Neither ends by itself; an error of either is this sink's end.
+            await asyncio.wait([running, writing], return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+            await running
         finally:
             self._stopped = True
+            running.cancel()
             writing.cancel()
+            await asyncio.wait([running, writing])
             self._state.unwell("the server stops")
-            self._fail_all(SinkUnavailableError(self._state.reason))
+            self._early.clear()
+            self._fail(SinkUnavailableError(self._state.reason))
 
     # ------------------------------------------------------------------ single batches
 
     def _unfit(self, size: int) -> SinkError | None:
-        if size <= self._max_batch_bytes:
+        most = self.max_batch_bytes
+        if size <= most:
             return None
         return SinkRejectedError(
             f"{size} bytes are more than the topic takes: raise its max.message.bytes to "
             f"{MESSAGE_BYTES}",
-            max_bytes=self._max_batch_bytes,
+            max_bytes=most,
         )
 
     def _no_room(self, cost: int) -> SinkError | None:
@@ -260,19 +260,19 @@ class KafkaSink:
         if kind == "TimedOut":
             return SinkUnavailableError("no broker took the batch in time")
         if kind == "NotAllowed":
-            self._refusal = (
+            self._connection.refusal = (
                 f"the brokers do not let this user write to {', '.join(sending.topics)}: allow it "
                 f"Write, and IdempotentWrite on the cluster ({error.name()})"
             )
-            self._state.unwell(self._refusal)
+            self._state.unwell(self._connection.refusal)
         elif self._producer is not None and kind in ("Fatal", "UnknownTopic"):
             self._producer.give_up(kind)
         return SinkUnavailableError(error.str())
 
     def _too_large(self, sending: Sending) -> SinkError:
         """A broker took less than the topic's limit that we know: it was changed, or is hidden."""
-        if self._producer is not None and not self._doubted:
-            self._doubted = True
+        if self._producer is not None and self._doubted != self._connection.limits:
+            self._doubted = self._connection.limits
             self._producer.give_up("LimitChanged")
             return SinkUnavailableError("the topic's max.message.bytes is read again")
         return SinkRejectedError(
@@ -285,9 +285,16 @@ class KafkaSink:
         result = "rejected" if isinstance(failure, SinkRejectedError) else "unavailable"
         self._metrics.sink_stores.labels(result).inc()
 
-    def _fail_all(self, failure: SinkError) -> None:
-        self._early.clear()
-        for sending in list(self._sendings):
+    def _opened(self) -> None:
+        # What an earlier producer never reported will not be any more.
+        early = {sending for sending, _, _ in self._early}
+        self._fail(SinkUnavailableError("the producer was made anew"), keep=early)
+        self._moved_at = time.monotonic()
+        while self._early:
+            self._send(*self._early.popleft())
+
+    def _fail(self, failure: SinkError, keep: Collection[Sending] = ()) -> None:
+        for sending in self._sendings.difference(keep):
             sending.fail(failure)
         self._fetched()
 
@@ -296,8 +303,7 @@ class KafkaSink:
         if self._moved:
             self._moved = False
             self._moved_at = time.monotonic()
-            self._refusal = ""
-            self._doubted = False
+            self._connection.refusal = ""
             self._metrics.sink_stores.labels("stored").inc(self._stored)
             self._metrics.sink_bytes.inc(self._stored_bytes)
             self._stored = self._stored_bytes = 0
@@ -306,176 +312,14 @@ class KafkaSink:
         self._by_topic.clear()
         self._metrics.sink_pending.set(self._pending_bytes)
 
-    def _room(self, topic: str) -> int:
-        return self._limits.get(topic, TopicLimits()).message_bytes - OVERHEAD_BYTES
-
     async def _write_records(self) -> None:
-        if self._writer is not None:
-            await self._writer.run()
-
-    # ------------------------------------------------------------------ the producer's life
-
-    async def _open(self, stop: asyncio.Event) -> tuple[KafkaProducer, Topics] | None:
-        opening = asyncio.ensure_future(self._try_open())
-        try:
-            await asyncio.wait(
-                [opening, waiting := asyncio.ensure_future(stop.wait())],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            waiting.cancel()
-            if opening.done():
-                return opening.result()
-        finally:
-            opening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await opening
-        return None
-
-    async def _try_open(self) -> tuple[KafkaProducer, Topics] | None:
-        topics: Topics | None = None
-        try:
-            connection = for_librdkafka(self._settings)
-            names = [*self._routes.topics, self._settings.dead_letters]
-            topics = Topics(connection, self._settings, names, self._told)
-            self._take_limits(await topics.ensure())
-            return self._make(connection), topics
-        except (KafkaException, TopicError, SecurityError, TimeoutError, ValueError) as error:
-            if topics is not None:
-                topics.poll()
-            self._state.unwell(self._why(error))
-        except asyncio.CancelledError:
-            if topics is not None:
-                await topics.close()
-            raise
-        if topics is not None:
-            await topics.close()
-        return None
-
-    def _make(self, connection: dict[str, object]) -> KafkaProducer:
-        return KafkaProducer(
-            connection,
-            self._settings,
-            message_bytes=MESSAGE_BYTES,
-            group_bytes=self._group_bytes(),
-            fetched=self._fetched,
-            problem=self._told,
-        )
-
-    def _take_limits(self, found: dict[str, TopicLimits]) -> None:
-        if found != self._limits:
-            self._doubted = False
-        self._limits = found
         if self._writer is None:
-            room = min(self._room(topic) for topic in self._routes.topics)
-            self._max_batch_bytes = min(limits.BATCH_BYTES, room)
-
-    def _group_bytes(self) -> int:
-        """Brokers take a group of messages as one: none of its messages, where it is too large."""
-        return min(found.message_bytes for found in self._limits.values())
-
-    async def _use(
-        self,
-        producer: KafkaProducer,
-        topics: Topics,
-        stop: asyncio.Event,
-        writing: "asyncio.Future[None]",
-    ) -> None:
-        """Let batches through a producer until it is broken, or all is stored after `stop`."""
-        self._producer = producer
-        self._moved_at = time.monotonic()
-        self._problem = ""
-        self._state.well()
-        while self._early:
-            self._send(*self._early.popleft())
-        read_at = time.monotonic()
-        try:
-            while not stop.is_set() and not producer.broken.is_set():
-                await _first(stop.wait(), producer.broken.wait(), seconds=PROBE_SECONDS)
-                await self._watch(producer, topics, stop)
-                if writing.done() and self._writer is not None:
-                    writing.result()
-                if time.monotonic() - read_at > LIMITS_SECONDS and self._state.ok:
-                    read_at = time.monotonic()
-                    await self._read_limits(producer, topics)
-            if stop.is_set():
-                await self._flush()
-        finally:
-            self._stopped = stop.is_set()
-            self._producer = None
-            if producer.broken.is_set() and not stop.is_set():
-                reason = producer.reason
-                self._metrics.sink_restarts.labels(reason if reason in RESTARTS else "Other").inc()
-                self._state.unwell(f"producer is made anew after {reason}")
-            await producer.close()
-            await topics.close()
-            early = {sending for sending, _, _ in self._early}
-            for sending in self._sendings - early:
-                sending.fail(SinkUnavailableError("the producer was made anew"))
-
-    async def _watch(self, producer: KafkaProducer, topics: Topics, stop: asyncio.Event) -> None:
-        """See that brokers answer and that what waits moves on; ends early on `stop`."""
-        timeout = self._settings.request_timeout_seconds
-        probe = asyncio.ensure_future(topics.answers())
-        await _first(probe, stop.wait(), producer.broken.wait(), seconds=2 * timeout)
-        topics.poll()
-        producer.poll()
-        if stop.is_set() or producer.broken.is_set() or not probe.done() or probe.cancelled():
-            return
-        if not probe.result():
-            self._state.unwell(self._why(None))
-            return
-        silent = time.monotonic() - self._moved_at if self._sendings else 0.0
-        trouble = self._refusal
-        if silent > timeout and not trouble:
-            with contextlib.suppress(KafkaException, TopicError, TimeoutError):
-                trouble = await topics.trouble(self._limits)
-        if trouble:
-            self._state.unwell(trouble)
-        elif silent > 2 * timeout:
-            # Brokers answer, all is in order, and yet nothing moves.
-            producer.give_up("Stalled")
+            await asyncio.Event().wait()
         else:
-            self._state.well()
-
-    async def _read_limits(self, producer: KafkaProducer, topics: Topics) -> None:
-        before = self._group_bytes()
-        try:
-            self._take_limits(await topics.limits())
-        except TopicError as error:
-            producer.give_up("LimitChanged")
-            self._problem = str(error)
-        except (KafkaException, TimeoutError):
-            return  # the next probe tells
-        if self._group_bytes() != before:
-            producer.give_up("LimitChanged")
+            await self._writer.run()
 
     async def _flush(self) -> None:
         """Wait until what was handed over is stored, for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_SECONDS):
                 await self._idle.wait()
-
-    def _told(self, problem: str) -> None:
-        self._problem = problem
-
-    def _why(self, error: BaseException | None) -> str:
-        if isinstance(error, (TopicError, SecurityError)):
-            return str(error)
-        servers = ",".join(self._settings.bootstrap_servers)
-        detail = self._problem or (str(error) if error else "") or "timeout"
-        if "uthentication" in detail:
-            return (
-                f"the Kafka brokers at {servers} refuse this user: look at the Secret of "
-                f"sink.kafka.security: {detail}"
-            )
-        return f"no Kafka broker answers at {servers}: {detail}"
-
-
-async def _first(*waits: Awaitable[object], seconds: float) -> None:
-    """Wait until one of these is done, at most so long; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()

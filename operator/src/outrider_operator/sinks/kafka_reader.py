@@ -15,7 +15,8 @@ from outrider_proto.output import Piece, Wanted, may_hold_output, pieces_of
 from outrider_proto.records import HEADER_NODE, HEADER_TYPES, decode_message
 
 from outrider_operator.core.sink import SinkUnavailableError
-from outrider_operator.settings import KafkaSinkSettings
+from outrider_operator.settings_kafka import KafkaSinkSettings
+from outrider_operator.sinks.kafka_security import SecurityError, for_aiokafka
 
 #: A broker that sends nothing for so long is given up, seconds.
 SILENCE_SECONDS: Final = 20.0
@@ -40,9 +41,12 @@ async def pieces(
     Raises:
         SinkUnavailableError: No broker answers, or they stopped to.
     """
+    try:
+        connection = for_aiokafka(settings)
+    except SecurityError as error:
+        raise SinkUnavailableError(str(error)) from None
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=list(settings.bootstrap_servers),
-        client_id=f"{settings.client_id}-output",
+        **{**connection, "client_id": f"{settings.client_id}-output"},
         enable_auto_commit=False,
         fetch_max_bytes=FETCH_BYTES,
         request_timeout_ms=int(settings.request_timeout_seconds * 1000),

@@ -64,6 +64,8 @@ class RecordWriter:
             self._some.clear()
 
     async def _write(self, sending: Sending, origin: Origin, batch: RecordBatch) -> None:
+        if sending.left <= 0:
+            return
         try:
             opened = await _open(batch)
         except batches.BatchError as error:
