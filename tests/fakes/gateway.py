@@ -122,14 +122,14 @@ class RawAgent:
         data = message if isinstance(message, bytes) else message.SerializeToString()
         await self.call.write(data)
 
-    async def receive(self) -> Command:
-        """The next command.
+    async def receive(self, seconds: float = 20) -> Command:
+        """The next command, within so many seconds.
 
         Raises:
             EOFError: the stream has ended well.
             grpc.aio.AioRpcError: it has ended otherwise.
         """
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(seconds):
             data = await self.call.read()
         if data is grpc.aio.EOF:
             raise EOFError
