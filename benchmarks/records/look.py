@@ -103,7 +103,7 @@ def threads(pid: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
-            name = (task / "comm").read_text().strip()
+            name = (task / "comm").read_text().strip() if task.name != str(pid) else "main"
             fields = (task / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it has ended

@@ -302,10 +302,14 @@ class Fleet:
         self._load.touch()
         self.wait("records are accepted", lambda: self.accepted() > before + self.size.agents)
 
-    def accepted(self) -> int:
-        """Records accepted so far, bytes of their ids: grows while there is load."""
-        files = [Path(s.accepted_file) for s in self._agents.values()]
+    def accepted(self, *names: str) -> int:
+        """What was accepted so far, as bytes of ids; of these processes of agents, or of all."""
+        files = [Path(self._agents[name].accepted_file) for name in names or self._agents]
         return sum(file.stat().st_size for file in files if file.exists())
+
+    def has_accepted(self, name: str, least: int) -> bool:
+        """Whether one process of agents has accepted so much."""
+        return self.accepted(name) >= least
 
     def go_on(self, seconds: float) -> None:
         """Leave everything as it is for a while."""

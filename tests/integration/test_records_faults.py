@@ -7,6 +7,7 @@ many batches came more than once; dist/records-faults.jsonl has them all.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -93,9 +94,13 @@ def test_disk_of_the_broker_full(fleet: Fleet, count: Finish) -> None:
 def test_gateways_killed_in_a_loop(fleet: Fleet, count: Finish) -> None:
     for number in range(6):
         name = f"server-{number % 2}"
+        # With batches in its hands that no broker has: they go with it.
+        fleet.throttle.silence(fleet.broker.front)
+        fleet.go_on(1)
         fleet.kill_server(name)
+        fleet.throttle.heal(fleet.broker.front)
         fleet.start_server(name, ready=False)
-        fleet.go_on(2)
+        fleet.go_on(1.5)
     fleet.wait("the servers are ready", fleet.servers_ready)
     count()
 
@@ -104,8 +109,10 @@ def test_agents_killed_in_a_loop(fleet: Fleet, count: Finish) -> None:
     for number in range(9):
         name = fleet.agents[number % len(fleet.agents)]
         fleet.processes.kill(name)
+        before = fleet.accepted(name)
         fleet.start_agents(name)
-        fleet.go_on(1)
+        # Until it is at work again: the next kill should find it there, too.
+        fleet.wait(f"{name} accepts", functools.partial(fleet.has_accepted, name, before + 1000))
     fleet.wait_connected()
     count()
 
@@ -166,6 +173,8 @@ def test_clocks_that_jump_by_hours(fleet: Fleet, count: Finish) -> None:
 
 
 def test_rolling_upgrade_of_two_servers(fleet: Fleet, count: Finish) -> None:
+    # Kafka takes less than comes, so that there is always something on its way.
+    fleet.throttle.slow(fleet.broker.front, up=60_000)
     for name in fleet.links:
         began = time.monotonic()
         code = fleet.processes.stop(fleet.server(name).name, 40)
@@ -173,4 +182,5 @@ def test_rolling_upgrade_of_two_servers(fleet: Fleet, count: Finish) -> None:
         assert time.monotonic() - began < 30
         fleet.start_server(name)
         fleet.wait_connected()
+    fleet.throttle.slow(fleet.broker.front)
     count()
