@@ -11,16 +11,32 @@ import pytest
 from cluster.kafka import KafkaBroker
 from cluster.supervised import free_port
 from confluent_kafka import KafkaError
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    ResourceType,
+)
 from fakes.gateway import eventually
-from fakes.kafka_sink import running_sink
+from fakes.kafka_sink import raw_messages, read_topic, running_sink
 from fakes.sink_suite import SinkCase, SinkSuite, batch, names, origin
 from outrider_operator.core.sink import SinkRejectedError, SinkUnavailableError
 from outrider_operator.metrics import ServerMetrics
-from outrider_operator.settings import KafkaSinkSettings
+from outrider_operator.settings_kafka import KafkaRoute, KafkaSinkSettings
 from outrider_operator.sinks import kafka as kafka_module
-from outrider_operator.sinks import kafka_producer
+from outrider_operator.sinks import kafka_connection, kafka_producer
 from outrider_operator.sinks.kafka import KafkaSink
+from outrider_proto import batches
+from outrider_proto.v1.agent_pb2 import (
+    CODEC_NONE,
+    CODEC_ZSTD,
+    EncodedRecord,
+    RecordBatch,
+    RecordList,
+)
+from outrider_proto.v1.sink_pb2 import MQData
 from outrider_runtime.health import Health
 from outrider_runtime.settings import SettingsError
 from prometheus_client import CollectorRegistry
@@ -38,6 +54,25 @@ async def make_topic(kafka: KafkaBroker, name: str, max_message_bytes: int) -> N
     config = {"max.message.bytes": str(max_message_bytes)}
     made = admin.create_topics([NewTopic(name, 1, 1, config=config)])
     await asyncio.to_thread(made[name].result, 30)
+
+
+async def set_config(kafka: KafkaBroker, topic: str, name: str, value: str) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    (done,) = admin.incremental_alter_configs([resource]).values()
+    await asyncio.to_thread(done.result, 30)
+
+
+async def set_limit(kafka: KafkaBroker, topic: str, max_message_bytes: int) -> None:
+    await set_config(kafka, topic, "max.message.bytes", str(max_message_bytes))
+
+
+async def config_of(kafka: KafkaBroker, topic: str) -> dict[str, str]:
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    (done,) = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)]).values()
+    entries = await asyncio.to_thread(done.result, 30)
+    return {name: entry.value for name, entry in entries.items()}
 
 
 def reason(case: SinkCase) -> str:
@@ -108,7 +143,9 @@ async def test_frozen_broker_acknowledges_nothing_and_holds_a_bound(
         await eventually(lambda: case.health.ready)
         kafka.freeze()
         try:
-            storing = [case.sink.store(origin(), _fat(seq)) for seq in range(1, 21)]
+            storing = [
+                asyncio.ensure_future(case.sink.store(origin(), _fat(seq))) for seq in range(1, 21)
+            ]
             await eventually(lambda: not case.health.ready, 30)
             assert "no Kafka broker answers" in reason(case)
             refused = [task for task in storing if task.done()]
@@ -132,7 +169,7 @@ async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> Non
     try:
         async with running_sink(kafka.bootstrap, kafka_topic, retry_cap_seconds=0.5) as case:
             await eventually(lambda: "no Kafka broker answers" in reason(case))
-            storing = case.sink.store(origin(), batch(1))
+            storing = asyncio.ensure_future(case.sink.store(origin(), batch(1)))
             await asyncio.sleep(0)
             assert not storing.done()
             await asyncio.to_thread(kafka.resume)
@@ -147,7 +184,7 @@ async def test_broker_away_at_start(kafka: KafkaBroker, kafka_topic: str) -> Non
 async def test_stops_in_time_while_the_broker_is_away(kafka_topic: str) -> None:
     async with running_sink(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
         await eventually(lambda: "no Kafka broker answers" in reason(case))
-        storing = case.sink.store(origin(), batch(1))
+        storing = asyncio.ensure_future(case.sink.store(origin(), batch(1)))
         await asyncio.sleep(0)
         began = time.monotonic()
         case.stop.set()
@@ -167,7 +204,7 @@ async def test_stops_in_time_while_the_broker_is_frozen(
         await eventually(lambda: case.health.ready)
         kafka.freeze()
         try:
-            storing = case.sink.store(origin(), batch(1))
+            storing = asyncio.ensure_future(case.sink.store(origin(), batch(1)))
             await eventually(lambda: bool(case.sink._pending))  # type: ignore[attr-defined]
             case.stop.set()
             await asyncio.wait_for(case.task, 10)
@@ -231,3 +268,187 @@ def test_address_that_is_none_names_the_setting() -> None:
             ServerMetrics(CollectorRegistry()),
             Health(),
         )
+
+
+# ------------------------------------------------------------------ limits, dead letters
+
+
+async def test_the_largest_batch_is_what_the_topic_takes(
+    kafka: KafkaBroker, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_connection, "LIMITS_SECONDS", 0.0)
+    monkeypatch.setattr(kafka_connection, "PROBE_SECONDS", 0.1)
+    await make_topic(kafka, kafka_topic, 100_000)
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
+        await eventually(lambda: case.health.ready)
+        most = case.sink.max_batch_bytes
+        assert 90_000 < most < 100_000
+        await case.sink.store(origin(), sized(1, most))
+        with pytest.raises(SinkRejectedError) as raised:
+            await case.sink.store(origin(), sized(2, most + 1))
+        assert raised.value.max_bytes == most
+        await set_limit(kafka, kafka_topic, 50_000)
+        await eventually(lambda: case.sink.max_batch_bytes < 50_000)
+        assert names(await case.read()) == {("uid-1", 3, 1)}
+
+
+async def test_a_limit_that_was_lowered_unseen_rejects_nothing_that_fits(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    await make_topic(kafka, kafka_topic, 1_000_000)
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
+        await eventually(lambda: case.health.ready)
+        await case.sink.store(origin(), batch(1))
+        await set_limit(kafka, kafka_topic, 20_000)
+        with pytest.raises(SinkUnavailableError):
+            await case.sink.store(origin(), sized(2, 30_000))
+        await eventually(lambda: case.sink.max_batch_bytes < 20_000)
+        with pytest.raises(SinkRejectedError) as raised:
+            await case.sink.store(origin(), sized(2, 30_000))
+        assert raised.value.max_bytes == case.sink.max_batch_bytes
+        await case.sink.store(origin(), sized(3, raised.value.max_bytes))
+        assert names(await case.read()) == {("uid-1", 3, 1), ("uid-1", 3, 3)}
+
+
+def sized(seq: int, size: int) -> RecordBatch:
+    """A batch whose records have exactly so many bytes; not compressed."""
+    made = RecordBatch(epoch=3, seq=seq, codec=CODEC_NONE, count=1, data_types=[1000])
+    overhead = 0
+    while len(made.records) != size:
+        record = EncodedRecord(data_type=1000, timestamp=1, data=bytes(size - overhead))
+        made.records = RecordList(records=[record]).SerializeToString()
+        overhead += len(made.records) - size
+    made.decompressed_bytes = size
+    return made
+
+
+async def test_a_dead_letter_that_does_not_fit_is_cut_and_says_so(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    aside = f"aside-{kafka_topic}"
+    await make_topic(kafka, aside, 10_000)
+    async with running_sink(kafka.bootstrap, kafka_topic, dead_letter_topic=aside) as case:
+        await eventually(lambda: case.health.ready)
+        poison = sized(7, 50_000)
+        await case.sink.set_aside(origin(), poison, "too large")
+        (message,) = await raw_messages(kafka.bootstrap, aside)
+        found = {name: value.decode() for name, value in message.headers}
+        assert found["outrider-cut-from"] == "50000"
+        assert found["outrider-reason"] == "too large"
+        assert (found["outrider-agent"], found["outrider-seq"]) == ("uid-1", "7")
+        assert poison.records.startswith(message.value)
+        assert len(message.value) > 4_000
+        stores = case.sink._metrics.sink_stores  # type: ignore[attr-defined]
+        assert stores.labels("set_aside")._value.get() == 1
+        assert stores.labels("stored")._value.get() == 0
+
+
+async def test_setting_aside_waits_for_nobody_while_no_broker_is_there(kafka_topic: str) -> None:
+    async with running_sink(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
+        with pytest.raises(SinkUnavailableError):
+            await case.sink.set_aside(origin(), batch(1), "why")
+
+
+async def test_a_new_topic_keeps_records_as_long_as_was_said(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    async with running_sink(kafka.bootstrap, kafka_topic, retention_hours=2, partitions=5) as case:
+        await eventually(lambda: case.health.ready)
+    for name in (kafka_topic, f"{kafka_topic}.dead-letter"):
+        config = await config_of(kafka, name)
+        assert config["retention.ms"] == "7200000"
+
+
+# ------------------------------------------------------------------ routes, records
+
+
+ROUTES = [KafkaRoute(data_types=[1000], topic="X"), KafkaRoute(data_types=[1001, 5100], topic="Y")]
+
+
+def routes_of(topic: str) -> list[KafkaRoute]:
+    return [
+        KafkaRoute(data_types=route.data_types, topic=f"{topic}-{route.topic}") for route in ROUTES
+    ]
+
+
+def typed(seq: int, *types: int) -> RecordBatch:
+    made = [EncodedRecord(data_type=kind, timestamp=1, data=b"%d" % kind) for kind in types]
+    return batches.encode(made, epoch=3, seq=seq, codec=CODEC_ZSTD, created_unix_nanos=1)
+
+
+async def test_batches_go_where_their_types_belong(kafka: KafkaBroker, kafka_topic: str) -> None:
+    async with running_sink(kafka.bootstrap, kafka_topic, routes=routes_of(kafka_topic)) as case:
+        assert [list(group) for group in case.sink.separate] == [[1000], [1001], [5100]]
+        sent = [
+            typed(1, 1000),
+            typed(2, 1001),
+            typed(3, 20000),
+            typed(4, 1000, 1001),
+            typed(5, 5100),
+        ]
+        await asyncio.gather(*(case.sink.store(origin(), each) for each in sent))
+        found = {
+            name: sorted(seq for _, _, seq in names(await read_topic(kafka.bootstrap, name)))
+            for name in (kafka_topic, f"{kafka_topic}-X", f"{kafka_topic}-Y")
+        }
+        assert list(found.values()) == [[3, 5], [1, 4], [2, 4, 5]]
+        counted = case.sink._metrics.sink_messages  # type: ignore[attr-defined]
+        assert counted.labels(f"{kafka_topic}-Y")._value.get() == 3
+
+
+async def test_each_record_is_a_message_where_it_belongs(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    fields: dict[str, Any] = {"format": "record", "routes": routes_of(kafka_topic)}
+    async with running_sink(kafka.bootstrap, kafka_topic, **fields) as case:
+        await case.sink.store(origin(), typed(1, 1000, 1001, 20000, 5100))
+        found = {}
+        for name in (kafka_topic, f"{kafka_topic}-X", f"{kafka_topic}-Y"):
+            messages = await read_topic(kafka.bootstrap, name)
+            found[name] = sorted((item.index or 0, item.records[0].data) for item in messages)
+            assert names(messages) == {("uid-1", 3, 1)}
+        assert list(found.values()) == [
+            [(2, b"20000"), (3, b"5100")],
+            [(0, b"1000")],
+            [(1, b"1001"), (3, b"5100")],
+        ]
+        (message, *_) = await raw_messages(kafka.bootstrap, f"{kafka_topic}-X")
+        data = MQData.FromString(message.value)
+        assert (data.data_type, data.body, data.agent_id) == (1000, b"1000", "uid-1")
+
+
+async def test_a_large_batch_of_records_does_not_hold_the_loop(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    fields: dict[str, Any] = {"format": "record", "partitions": 1}
+    async with running_sink(kafka.bootstrap, kafka_topic, **fields) as case:
+        await case.sink.store(origin(), batch(1))
+        turns, done = 0, asyncio.Event()
+
+        async def count() -> None:
+            nonlocal turns
+            while not done.is_set():
+                await asyncio.sleep(0)
+                turns += 1
+
+        counting = asyncio.create_task(count())
+        large = batch(2, b"z" * 1000, records=10_000)
+        await asyncio.gather(case.sink.store(origin(), large), case.sink.store(origin(), batch(3)))
+        done.set()
+        await counting
+        assert turns > 40
+        found = await case.read()
+        order = [(item.seq, item.index) for item in found]
+        assert order == [(1, 0), (1, 1), *((2, n) for n in range(10_000)), (3, 0), (3, 1)]
+
+
+async def test_what_cannot_be_opened_is_rejected(kafka: KafkaBroker, kafka_topic: str) -> None:
+    async with running_sink(kafka.bootstrap, kafka_topic, format="record") as case:
+        await eventually(lambda: case.health.ready)
+        poison = batch(1)
+        poison.records = b"this is no zstd frame"
+        with pytest.raises(SinkRejectedError, match="cannot be opened") as raised:
+            await case.sink.store(origin(), poison)
+        assert raised.value.max_bytes == 0
+        await case.sink.store(origin(), batch(2))
+        assert names(await case.read()) == {("uid-1", 3, 2)}

@@ -9,6 +9,12 @@ from typing import Any
 
 import pytest
 from cluster.kafka_security import Credentials, SecuredBroker
+from confluent_kafka.admin import (
+    AdminClient,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from fakes.certificates import Authority
 from fakes.gateway import eventually
 from fakes.kafka_sink import read_topic, running_sink
@@ -107,6 +113,35 @@ async def test_a_wrong_password_is_said_and_a_right_one_taken_without_a_restart(
         file.write_text(PASSWORD)
         await asyncio.wait_for(storing, 30)
         assert case.health.ready
+
+
+async def test_a_password_that_changes_later_is_taken_without_a_restart(
+    secured: Secured, kafka_topic: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text(PASSWORD)
+    security = secured.security("sasl_ssl", mechanism="SCRAM-SHA-256", password_file=str(file))
+    fields: dict[str, Any] = {"request_timeout_seconds": 2.0, "retry_cap_seconds": 0.5}
+    async with running_sink(secured.broker.sasl, kafka_topic, security=security, **fields) as case:
+        await case.sink.store(origin(), batch(1))
+        await asyncio.to_thread(change_password, secured.broker, "sesame 2")
+        try:
+            await asyncio.to_thread(secured.broker.kill)  # who is logged in stays so
+            await asyncio.to_thread(secured.broker.resume)
+            await eventually(lambda: "refuse this user" in reason(case), 30)
+            file.write_text("sesame 2")
+            await eventually(lambda: case.health.ready, 30)
+            await case.sink.store(origin(), batch(2))
+        finally:
+            await asyncio.to_thread(change_password, secured.broker, PASSWORD)
+
+
+def change_password(broker: SecuredBroker, password: str) -> None:
+    admin = AdminClient({"bootstrap.servers": broker.bootstrap})
+    how = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4096)
+    change = UserScramCredentialUpsertion("alice", how, password.encode())
+    for done in admin.alter_user_scram_credentials([change]).values():
+        done.result(30)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class ServerMetrics:
             "sink_messages_total", "Messages handed to Kafka, by topic of the settings.", "topic"
         )
         self.sink_errors = self._counter(
-            "sink_errors_total", "Messages that Kafka did not store, by kind of error.", "kind"
+            "sink_errors_total", "Batches that Kafka did not store, by kind of error.", "kind"
         )
         self.sink_files = self._gauge("sink_files", "Files of the file sink.")
         self.sink_file_bytes = self._gauge("sink_file_bytes", "Bytes in files of the file sink.")

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from confluent_kafka import KafkaException
 from outrider_proto import limits
@@ -30,7 +30,7 @@ from outrider_operator.sinks.kafka_topic import (
 PROBE_SECONDS: Final = 3.0
 LIMITS_SECONDS: Final = 60.0
 #: Reasons for a new producer that have a name of their own in the metrics.
-RESTARTS: Final = ("Stalled", "LimitChanged", "UnknownTopic", "Fatal")
+RESTARTS: Final = ("Stalled", "LimitChanged", "SecretChanged", "UnknownTopic", "Fatal")
 
 
 class Connection:
@@ -72,6 +72,7 @@ class Connection:
         self._fetched = fetched
         self._silent = silent
         self._problem = ""
+        self._used: dict[str, Any] = {}
 
     def room(self, topic: str) -> int:
         """Largest value of a message that a topic takes, bytes."""
@@ -135,7 +136,7 @@ class Connection:
     async def _try_open(self) -> tuple[KafkaProducer, Topics] | None:
         topics: Topics | None = None
         try:
-            connection = for_librdkafka(self._settings)
+            connection = self._used = for_librdkafka(self._settings)
             names = [*self._names, self._settings.dead_letters]
             topics = Topics(connection, self._settings, names, self._told)
             self._take(await topics.ensure())
@@ -189,7 +190,10 @@ class Connection:
             return
         if not probe.result():
             self._state.unwell(self._why(None))
+            if self._files_changed():
+                producer.give_up("SecretChanged")
             return
+        self._problem = ""
         trouble, silent = self.refusal, self._silent()
         if silent > timeout and not trouble:
             with contextlib.suppress(KafkaException, TopicError, TimeoutError):
@@ -201,6 +205,13 @@ class Connection:
             producer.give_up("Stalled")
         else:
             self._state.well()
+
+    def _files_changed(self) -> bool:
+        """Whether a new producer would log in with something else than this one."""
+        try:
+            return for_librdkafka(self._settings) != self._used
+        except SecurityError:
+            return False
 
     async def _read_limits(self, producer: KafkaProducer, topics: Topics) -> None:
         before = self._group_bytes()

@@ -61,6 +61,24 @@ def topic_configs(replicas: int, retention_hours: float = 0.0) -> dict[str, str]
     return found
 
 
+def trouble_of(topic: str, partitions: Sequence[Any], in_sync: int) -> str:
+    """What keeps partitions, as brokers describe them, from taking messages; empty: nothing."""
+    for partition in partitions:
+        if partition.leader is None or partition.leader.id < 0:
+            return (
+                f"partition {partition.id} of {topic!r} has no leader: look at the brokers that "
+                "hold it, their disks may be full"
+            )
+        # Brokers content themselves with all replicas, where fewer were made than are asked for.
+        needed = min(in_sync, len(partition.replicas))
+        if len(partition.isr) < needed:
+            return (
+                f"partition {partition.id} of {topic!r} has {len(partition.isr)} replicas in sync "
+                f"and needs {needed} (min.insync.replicas): bring its brokers back"
+            )
+    return ""
+
+
 class Topics:
     """The topics of a sink, by an admin client of its own.
 
@@ -147,18 +165,9 @@ class Topics:
         for name, topic in (await self._describe()).items():
             if topic is None:
                 return f"the topic {name!r} is gone: it is made again where createTopic allows it"
-            needed = known.get(name, TopicLimits()).in_sync
-            for partition in topic.partitions:
-                if partition.leader is None or partition.leader.id < 0:
-                    return (
-                        f"partition {partition.id} of {name!r} has no leader: look at the brokers "
-                        "that hold it, their disks may be full"
-                    )
-                if len(partition.isr) < needed:
-                    return (
-                        f"partition {partition.id} of {name!r} has {len(partition.isr)} replicas "
-                        f"in sync and needs {needed} (min.insync.replicas): bring its brokers back"
-                    )
+            found = trouble_of(name, topic.partitions, known.get(name, TopicLimits()).in_sync)
+            if found:
+                return found
         return ""
 
     async def answers(self) -> bool:
