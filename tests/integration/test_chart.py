@@ -30,14 +30,26 @@ SERVER, AGENT = "outrider-server", "outrider-agent"
 Objects = dict[tuple[str, str], dict[str, Any]]
 
 KAFKA = ["sink.kind=kafka", "sink.kafka.bootstrapServers={kafka-0:9092,kafka-1:9092}"]
+KAFKA_SECURED = [
+    *KAFKA,
+    "sink.kafka.security.protocol=sasl_ssl",
+    "sink.kafka.security.userSecret=kafka-user",
+    "sink.kafka.security.caSecret=kafka-ca",
+    "sink.kafka.security.certificateSecret=kafka-client",
+    "sink.kafka.routes[0].topic=metrics",
+    "sink.kafka.routes[0].dataTypes={20000}",
+    "sink.kafka.format=record",
+]
 #: Sets of values that must all give a chart the API server takes.
 VALUES: dict[str, list[str]] = {
     "defaults": [],
     "one replica": ["server.replicas=1"],
     "kafka": KAFKA,
+    "kafka with a password": KAFKA_SECURED,
     "a volume for records": ["sink.file.existingClaim=records"],
     "users": ["agent.allowedUsers={nobody,app}"],
     "full access": ["agent.hostAccess=full", "agent.hostNetwork=true"],
+    "host mounts": ["agent.hostMounts=true"],
     "own secret": ["tls.existingSecret=mine"],
     "own secret and CA": ["tls.existingSecret=mine", "tls.caConfigMap=ours"],
     "no annotations": ["metrics.annotations=false"],
@@ -240,6 +252,10 @@ def test_the_programs_take_their_settings_and_find_their_files(
     assert loaded.auth.server_service_accounts == [f"{NAMESPACE}/{server}"]
     (named,) = [rule for rule in objects["Role", server]["rules"] if "resourceNames" in rule]
     assert named["resourceNames"] == [loaded.leader.lease_name]
+    security = loaded.sink.kafka.security
+    files = {security.username_file, security.password_file, security.ca_file}
+    files |= {security.cert_file, security.key_file}
+    assert files - {""} <= mounted_files(pod)
     if loaded.sink.kind == "file":
         assert loaded.sink.file.directory in writable_directories(pod)
     # Time to hand agents over and flush, before the kubelet kills.
@@ -274,10 +290,36 @@ def test_own_settings_win(helm: Helm, tmp_path: Path) -> None:
     ]
 
 
+def test_secrets_of_kafka_are_mounted_and_never_in_the_settings(helm: Helm, tmp_path: Path) -> None:
+    objects = helm.template(KAFKA_SECURED)
+    found = server_settings(objects, tmp_path).sink.kafka
+    assert (found.security.protocol, found.security.mechanism) == ("sasl_ssl", "SCRAM-SHA-512")
+    assert [(route.data_types, route.topic) for route in found.routes] == [([20000], "metrics")]
+    assert found.format == "record"
+    (volume,) = [
+        volume
+        for volume in pod_of(objects, "Deployment", SERVER)["volumes"]
+        if volume["name"] == "settings"
+    ]
+    secrets = {
+        source["secret"]["name"]: [item["key"] for item in source["secret"]["items"]]
+        for source in volume["projected"]["sources"]
+        if "secret" in source
+    }
+    assert secrets["kafka-user"] == ["username", "password"]
+    assert secrets["kafka-ca"] == ["ca.crt"]
+    assert secrets["kafka-client"] == ["tls.crt", "tls.key"]
+    assert not [key for key in objects if key[0] == "Secret" and "kafka" in key[1]]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         (["sink.kind=kafka"], "set sink.kafka.bootstrapServers"),
+        ([*KAFKA, "sink.kafka.security.protocol=sasl_ssl"], "set sink.kafka.security.userSecret"),
+        ([*KAFKA, "sink.kafka.security.userSecret=x"], "set sink.kafka.security.protocol"),
+        ([*KAFKA, "sink.kafka.security.caSecret=x"], "set sink.kafka.security.protocol"),
+        ([*KAFKA, "sink.kafka.security.password=x"], "'password' not allowed"),
         (["tls.certManager.enabled=true"], "set tls.certManager.issuerRef.name"),
         (
             ["tls.certManager.enabled=true", "tls.existingSecret=mine"],
@@ -350,6 +392,32 @@ def test_full_access_is_asked_for(helm: Helm) -> None:
     context = pod["containers"][0]["securityContext"]
     assert context["privileged"] is True
     assert context["readOnlyRootFilesystem"] is True
+
+
+def test_agents_tell_only_of_what_they_see_of_their_node(helm: Helm, tmp_path: Path) -> None:
+    objects = helm.template([])
+    pod = pod_of(objects, "DaemonSet", AGENT)
+    assert {v["hostPath"]["path"] for v in pod["volumes"] if "hostPath" in v} == {
+        "/var/lib/outrider"
+    }
+    plain = agent_settings(objects, tmp_path).collectors
+    assert plain.inventory.kinds == ("modules",)
+    assert not {"filesystem", "netdev"} & set(plain.node_metrics.collectors)
+    network = agent_settings(helm.template(["agent.hostNetwork=true"]), tmp_path).collectors
+    assert network.inventory.kinds == ("modules", "ports")
+    assert "netdev" in network.node_metrics.collectors
+    objects = helm.template(VALUES["host mounts"])
+    seen = agent_settings(objects, tmp_path)
+    assert (seen.node.proc, seen.node.root) == ("/host/proc", "/host/root")
+    assert "packages" in seen.collectors.inventory.kinds
+    assert "filesystem" in seen.collectors.node_metrics.collectors
+    mounts = pod_of(objects, "DaemonSet", AGENT)["containers"][0]["volumeMounts"]
+    host = [mount for mount in mounts if mount["mountPath"].startswith("/host/")]
+    assert len(host) == 3
+    assert all(mount["readOnly"] for mount in host)
+    full = agent_settings(helm.template(VALUES["full access"]), tmp_path)
+    assert (full.node.proc, full.node.root) == ("/proc", "/proc/1/root")
+    assert "packages" in full.collectors.inventory.kinds
 
 
 def test_agents_hold_one_short_lived_token_and_the_ca_alone(helm: Helm) -> None:

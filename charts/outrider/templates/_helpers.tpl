@@ -113,6 +113,61 @@ generated
 {{- concat $names .Values.tls.extraDnsNames | uniq | toYaml -}}
 {{- end -}}
 
+{{/* How the server speaks to Kafka: files of Secrets, never what is in them. */}}
+{{- define "outrider.kafkaSecurity" -}}
+{{- $security := .Values.sink.kafka.security -}}
+{{- $sasl := hasPrefix "sasl_" $security.protocol -}}
+{{- $tls := hasSuffix "ssl" $security.protocol -}}
+{{- if and $sasl (not $security.userSecret) -}}
+{{- fail (printf "sink.kafka.security.protocol is %s: set sink.kafka.security.userSecret, a Secret with username and password" $security.protocol) -}}
+{{- end -}}
+{{- if and (not $sasl) $security.userSecret -}}
+{{- fail "sink.kafka.security.userSecret is set: set sink.kafka.security.protocol to sasl_ssl or sasl_plaintext" -}}
+{{- end -}}
+{{- if and (not $tls) (or $security.caSecret $security.certificateSecret) -}}
+{{- fail "Secrets with certificates are set: set sink.kafka.security.protocol to ssl or sasl_ssl" -}}
+{{- end -}}
+{{- $files := "/etc/outrider/kafka" -}}
+{{- $found := dict "protocol" $security.protocol "mechanism" $security.mechanism -}}
+{{- if $sasl -}}
+{{- $_ := set $found "usernameFile" (printf "%s/username" $files) -}}
+{{- $_ := set $found "passwordFile" (printf "%s/password" $files) -}}
+{{- end -}}
+{{- if $security.caSecret -}}
+{{- $_ := set $found "caFile" (printf "%s/ca.crt" $files) -}}
+{{- end -}}
+{{- if $security.certificateSecret -}}
+{{- $_ := set $found "certFile" (printf "%s/tls.crt" $files) -}}
+{{- $_ := set $found "keyFile" (printf "%s/tls.key" $files) -}}
+{{- end -}}
+{{- toYaml $found -}}
+{{- end -}}
+
+{{/* Those files, as sources of a projected volume at /etc/outrider. */}}
+{{- define "outrider.kafkaSources" -}}
+{{- $security := .Values.sink.kafka.security -}}
+{{- with $security.userSecret }}
+- secret:
+    name: {{ . }}
+    items:
+    - {key: username, path: kafka/username}
+    - {key: password, path: kafka/password}
+{{- end }}
+{{- with $security.caSecret }}
+- secret:
+    name: {{ . }}
+    items:
+    - {key: ca.crt, path: kafka/ca.crt}
+{{- end }}
+{{- with $security.certificateSecret }}
+- secret:
+    name: {{ . }}
+    items:
+    - {key: tls.crt, path: kafka/tls.crt}
+    - {key: tls.key, path: kafka/tls.key}
+{{- end }}
+{{- end -}}
+
 {{/* The server's settings file. */}}
 {{- define "outrider.serverSettings" -}}
 {{- $sink := dict "kind" .Values.sink.kind -}}
@@ -120,7 +175,12 @@ generated
 {{- if not .Values.sink.kafka.bootstrapServers -}}
 {{- fail "sink.kind is kafka: set sink.kafka.bootstrapServers, such as [kafka:9092]" -}}
 {{- end -}}
-{{- $_ := set $sink "kafka" (dict "bootstrapServers" .Values.sink.kafka.bootstrapServers "topic" .Values.sink.kafka.topic) -}}
+{{- $_ := set $sink "kafka" (dict
+  "bootstrapServers" .Values.sink.kafka.bootstrapServers
+  "topic" .Values.sink.kafka.topic
+  "format" .Values.sink.kafka.format
+  "routes" .Values.sink.kafka.routes
+  "security" (include "outrider.kafkaSecurity" . | fromYaml)) -}}
 {{- else -}}
 {{- $_ := set $sink "file" (dict "directory" "/var/lib/outrider/records" "maxTotalBytes" .Values.sink.file.maxTotalBytes) -}}
 {{- end -}}
@@ -160,6 +220,20 @@ generated
     "allowHost" (eq .Values.agent.hostAccess "full")
     "allowedUsers" .Values.agent.allowedUsers)
 -}}
+{{- if .Values.agent.hostMounts }}
+{{- $_ := set $settings "node" (dict "proc" "/host/proc" "sys" "/host/sys" "root" "/host/root") }}
+{{- else if eq .Values.agent.hostAccess "full" }}
+{{- /* In the host's process namespace its init has the host's root. */ -}}
+{{- $_ := set $settings "node" (dict "root" "/proc/1/root") }}
+{{- else }}
+{{- /* Only what a container sees of its node, and nothing of the container as if it were the node's. */ -}}
+{{- $seen := list "cpu" "diskstats" "filefd" "hwmon" "loadavg" "meminfo" "pressure" "stat" "thermal_zone" "time" "uname" "vmstat" }}
+{{- if .Values.agent.hostNetwork }}
+{{- $seen = concat $seen (list "conntrack" "netclass" "netdev" "netstat" "sockstat") }}
+{{- end }}
+{{- $kinds := ternary (list "modules" "ports") (list "modules") .Values.agent.hostNetwork }}
+{{- $_ := set $settings "collectors" (dict "nodeMetrics" (dict "collectors" $seen) "inventory" (dict "kinds" $kinds)) }}
+{{- end }}
 {{- mergeOverwrite $settings (deepCopy .Values.agent.settings) | toYaml -}}
 {{- end -}}
 

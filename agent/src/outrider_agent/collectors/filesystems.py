@@ -58,11 +58,14 @@ class FileSystems:
         self._lock = threading.Lock()
 
     def mounts(self) -> list[Mount]:
-        """All mounts; process 1 has the host's, without it ours must do."""
+        """All mounts that can be asked.
+
+        With a root of the host's, those of process 1, which has the host's; else our own, for what
+        others have mounted is not below our root.
+        """
         proc, root = self._paths.proc, self._paths.root
-        text = read(proc / "1/mountinfo", TABLE_BYTES) or read(
-            Path("/proc/self/mountinfo"), TABLE_BYTES
-        )
+        of_host = "" if root == Path("/") else read(proc / "1/mountinfo", TABLE_BYTES)
+        text = of_host or read(Path("/proc/self/mountinfo"), TABLE_BYTES)
         return procfs.mounts(text, str(root), MAX_MOUNTS)
 
     def ask(self, mounts: list[Mount]) -> list[FileSystem]:
