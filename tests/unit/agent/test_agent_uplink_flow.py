@@ -7,18 +7,23 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes.agent_parts import run_state, value
+from fakes.agent_parts import run_state, store_in, value
 from fakes.certificates import Authority
 from fakes.gateway_server import FakeGateway, FakeStream, serving
 from fakes.memory_outbox import MemoryOutbox
 from fakes.silent_proxy import silent_proxy
 from fakes.uplink_bench import uplink_of
+from outrider_agent import main
+from outrider_agent.core.batching import BatchLimits
 from outrider_agent.core.effects import Welcomed
 from outrider_agent.core.records import RecordClass
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.uplink import stream as stream_module
 from outrider_agent.uplink import uplink as uplink_module
-from outrider_proto import channel
+from outrider_proto import channel, records
 from outrider_proto.v1 import agent_pb2 as pb
+from prometheus_client import CollectorRegistry
 
 KIB, MIB = 1024, 1024 * 1024
 RESULT = RecordClass.RESULT
@@ -302,6 +307,26 @@ async def test_the_terms_of_a_server_are_handed_on(tmp_path: Path, authority: Au
         await bench.until(lambda: found)
         assert found[0].max_batch_bytes == 900_000
         assert found[0].groups == (frozenset({5100}), frozenset({1000, 1001}))
+
+
+async def test_the_agent_makes_batches_by_the_terms_of_its_server(tmp_path: Path) -> None:
+    metrics = AgentMetrics(CollectorRegistry())
+    async with store_in(tmp_path) as store:
+        options = RecorderOptions(BatchLimits(0.05, MIB), pb.CODEC_NONE)
+        recorder = Recorder(store, options, metrics)
+        terms = Welcomed("s", "1", "u", 40_000, (frozenset({records.TASK_OUTPUT}),))
+        main.take_terms(recorder, terms)
+        task = asyncio.create_task(recorder.run())
+        for number in range(10):
+            data_type = records.TASK_OUTPUT if number % 2 else records.AGENT_LOG
+            record = records.payload(data_type, 1, {"text": "x" * 20_000})
+            assert recorder.submit(record, RESULT)
+        await recorder.finish()
+        await task
+        made = [item.batch for item in await store.batches_after(0, 10 * MIB)]
+        assert {tuple(b.data_types) for b in made} == {(records.TASK_OUTPUT,), (records.AGENT_LOG,)}
+        assert sum(batch.count for batch in made) == 10
+        assert all(len(batch.records) <= 45_000 for batch in made)
 
 
 async def test_a_server_that_asks_us_to_come_later_is_come_back_to_then(

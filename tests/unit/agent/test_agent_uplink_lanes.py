@@ -116,11 +116,38 @@ def test_a_result_behind_fresh_records_that_have_no_room_is_found() -> None:
         lanes.fill(look, outbox.read(look, 3), outbox.last_seq)
     assert lanes.pick(full) is Lane.RESULTS
     assert lanes.take(Lane.RESULTS).seq == 11
-    assert [seq for _, seq in drain(lanes, outbox)] == list(range(1, 11))
+    outbox.add(10)
+    lanes.appended()  # the next look is for both, and finds the result once more
+    assert [seq for _, seq in drain(lanes, outbox)] == [*range(1, 11), 12]
 
 
-def test_what_comes_while_the_outbox_is_read_is_not_forgotten() -> None:
+def test_while_there_are_more_results_to_read_nothing_else_goes() -> None:
     outbox = Outbox()
+    for _ in range(4):
+        outbox.add(10, RESULT)
+    lanes = Lanes(0)
+    outbox.add(10)
+    feed(lanes, outbox)
+    assert [lanes.take(Lane.RESULTS).seq for _ in range(3)] == [1, 2, 3]
+    assert lanes.pick(always) is None
+    assert drain(lanes, outbox) == [(Lane.RESULTS, 4), (Lane.LIVE, 5)]
+
+
+def test_after_the_backlog_one_look_is_enough_for_what_is_fresh() -> None:
+    outbox = Outbox()
+    outbox.add(10)
+    lanes = Lanes(1)
+    drain(lanes, outbox)
+    outbox.add(10)
+    lanes.appended()
+    assert feed(lanes, outbox) == 1
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_what_comes_while_the_outbox_is_read_is_not_forgotten(there: int) -> None:
+    outbox = Outbox()
+    for _ in range(there):
+        outbox.add(1)
     lanes = Lanes(0)
     look = lanes.look(always)
     assert look is not None
@@ -128,8 +155,8 @@ def test_what_comes_while_the_outbox_is_read_is_not_forgotten() -> None:
     found = outbox.read(look, 3)
     outbox.add(1)
     lanes.appended()
-    lanes.fill(look, found, 0)
-    assert drain(lanes, outbox) == [(Lane.LIVE, 1)]
+    lanes.fill(look, found, there)
+    assert drain(lanes, outbox) == [(Lane.LIVE, seq) for seq in range(1, there + 2)]
 
 
 def test_a_lane_that_has_its_share_lets_others_go_and_a_full_window_keeps_the_turn() -> None:
@@ -299,6 +326,14 @@ def test_with_nothing_in_flight_any_batch_may_go(batches: int) -> None:
     assert window.in_flight_bytes == 0
 
 
+def test_an_old_batch_beyond_its_lanes_share_goes_where_the_window_has_room() -> None:
+    window = Window(1000, 100)
+    window.sent(1, Lane.LIVE, 50)
+    assert window.room(Lane.BACKLOG, 800) is Room.FITS
+    window.sent(2, Lane.BACKLOG, 10)
+    assert window.room(Lane.BACKLOG, 800) is Room.SHARE
+
+
 def test_only_what_was_sent_is_acknowledged() -> None:
     window = Window()
     for seq in (5, 6, 9):
@@ -355,6 +390,13 @@ def test_what_may_not_wait_counts_and_delays_the_rest() -> None:
     assert not bucket.open(3.9)
     assert bucket.open(4.1)
     assert TokenBucket(0).open(0.0)
+
+
+def test_a_silence_gives_no_more_than_the_burst() -> None:
+    bucket = TokenBucket(100)
+    bucket.take(50, 0.0)
+    bucket.take(100, 1000.0)
+    assert not bucket.open(1000.0)
 
 
 def test_a_clock_that_steps_back_does_not_open_the_bucket() -> None:
