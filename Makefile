@@ -119,6 +119,10 @@ bench-ingest: setup ## records a second and CPU-second, latency, memory, the age
 	$(BENCH) records.ingest --profile $(if $(LOOK),--look) $(if $(PARTS),--parts $(PARTS)) \
 	  $(if $(AGENTS),--agents $(AGENTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
+.PHONY: bench-producers
+bench-producers: setup ## cost, latency and faults of the Kafka producers there are (5 minutes), as JSON lines
+	@$(BENCH) kafka_producers
+
 # ---------------------------------------------------------------- seeing it
 
 .PHONY: demo
