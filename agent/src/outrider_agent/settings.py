@@ -155,7 +155,7 @@ class StateSettings(Section, frozen=True):
     durability: Annotated[
         Literal["full", "relaxed"],
         Meta(
-            description="full: records are synced to the disk before they count as stored; relaxed: "
+            description="full: records are synced to disk before they count as stored; relaxed: "
             "within a second, which a power loss may cost. The journal of runs is always synced."
         ),
     ] = "full"
