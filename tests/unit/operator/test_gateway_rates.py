@@ -12,6 +12,7 @@ from outrider_operator.core.rates import (
     MOST_SLOT_SECONDS,
     Admission,
     Allowance,
+    Flow,
     Pauses,
     TokenBucket,
 )
@@ -51,6 +52,19 @@ def test_no_rate_is_no_limit() -> None:
 def test_either_records_or_bytes_make_a_debt() -> None:
     assert Allowance(10, 1000, 1.0, 0.0).spend(30, 1, 0.0) == 2.0
     assert Allowance(10, 1000, 1.0, 0.0).spend(1, 4000, 0.0) == 3.0
+
+
+@given(st.integers(1, 1000), st.integers(1, 400))
+def test_a_steady_flow_is_measured_and_forgotten(units: int, turns: int) -> None:
+    flow = Flow(0.0)
+    now = 0.0
+    for _ in range(turns):
+        now += 0.01
+        flow.add(units, now)
+    assert flow.rate(now) <= units * 100 * 1.05
+    if turns > 100:
+        assert flow.rate(now) == pytest.approx(units * 100, rel=0.05)
+    assert flow.rate(now + 5.0) == 0.0
 
 
 def test_told_once_and_held_only_when_it_does_not_listen() -> None:

@@ -9,6 +9,8 @@ from typing import Final
 MOST_PAUSE_SECONDS: Final = 60.0
 #: What comes so soon after an agent was told to pause was on its way already, seconds.
 GRACE_SECONDS: Final = 2.0
+#: What has passed is counted in spans of so many seconds.
+FLOW_SECONDS: Final = 0.5
 #: A connect that is due so soon waits here instead of being sent away, seconds.
 HOLD_SECONDS: Final = 1.0
 #: The farthest slot that is given away, seconds from now.
@@ -64,6 +66,38 @@ class Allowance:
     def spend(self, records: int, size: int, now: float) -> float:
         """Count what came; returns the seconds until there is no debt of either."""
         return max(self._records.spend(records, now), self._bytes.spend(size, now))
+
+
+class Flow:
+    """How much has passed lately, per second: over the last one to two spans of half a second.
+
+    Args:
+        now: seconds.
+    """
+
+    __slots__ = ("_before", "_here", "_since")
+
+    def __init__(self, now: float) -> None:
+        self._since = now
+        self._before = 0.0
+        self._here = 0.0
+
+    def add(self, units: float, now: float) -> None:
+        """So much has passed."""
+        self._turn(now)
+        self._here += units
+
+    def rate(self, now: float) -> float:
+        """Units a second."""
+        self._turn(now)
+        return (self._before + self._here) / (FLOW_SECONDS + now - self._since)
+
+    def _turn(self, now: float) -> None:
+        passed = now - self._since
+        if passed >= FLOW_SECONDS:
+            self._before = self._here if passed < 2 * FLOW_SECONDS else 0.0
+            self._here = 0.0
+            self._since = now
 
 
 class Pauses:

@@ -19,6 +19,7 @@ from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.rates import Flow
 from outrider_operator.core.sink import Origin, Sink, SinkRejectedError
 from outrider_operator.gateway.aside import Aside
 from outrider_operator.gateway.budget import ByteBudget
@@ -35,9 +36,12 @@ BATCH_COST_BYTES: Final = 8 * limits.KIB
 #: A stream waits so long for room before its batches are let go, seconds. Its run reports wait
 #: behind them, so this is also how late a full sink can make them.
 PATIENCE_SECONDS: Final = 5.0
-#: From this share of the bound on agents are told to pause, so long in seconds.
+#: From this share of the bound on agents are told to pause, until about that share is held as the
+#: sink goes, and so long in seconds at most and at least.
 NEARLY_FULL: Final = 0.75
-PAUSE_SECONDS: Final = (1.0, 3.0)
+HALF_FULL: Final = 0.5
+MOST_PAUSE_SECONDS: Final = 3.0
+LEAST_PAUSE_SECONDS: Final = 0.05
 
 log = get_logger(__name__)
 
@@ -109,6 +113,8 @@ class Intake:
         # What was stored in this turn of the loop, and is counted at its end.
         self._batches = 0
         self._records = 0
+        self._bytes = 0
+        self._flow = Flow(time.monotonic())
         self._results = {
             name: metrics.batches.labels(name)
             for name in ("stored", "unavailable", "rejected", "let_go", "dropped")
@@ -124,10 +130,14 @@ class Intake:
 
     def pressure(self) -> float:
         """How long an agent is to pause because the sink is slow, seconds; mostly 0."""
-        if self._budget.held < NEARLY_FULL * self._limit:
+        held = self._budget.held
+        if held < NEARLY_FULL * self._limit:
             return 0.0
+        rate = self._flow.rate(time.monotonic())
+        seconds = (held - HALF_FULL * self._limit) / max(rate, 1.0)
         # Each its own time, so that they do not come back together.
-        return random.uniform(*PAUSE_SECONDS)
+        bounded = min(MOST_PAUSE_SECONDS, max(LEAST_PAUSE_SECONDS, seconds))
+        return random.uniform(0.5, 1.0) * bounded
 
     async def admit(self, count: int, size: int, *, patience: float | None) -> bool:
         """Make room for batches, with patience in seconds (None: without end); False: none.
@@ -204,6 +214,7 @@ class Intake:
             asyncio.get_running_loop().call_soon(self._count)
         self._batches += 1
         self._records += waiting.batch.count
+        self._bytes += waiting.size + BATCH_COST_BYTES
         if waiting.began:
             self._metrics.store_seconds.observe(time.monotonic() - waiting.began)
         self._budget.give_back(waiting.size + BATCH_COST_BYTES)
@@ -213,7 +224,8 @@ class Intake:
         """Once for all that was stored in a turn of the loop."""
         self._results["stored"].inc(self._batches)
         self._metrics.records.inc(self._records)
-        self._batches = self._records = 0
+        self._flow.add(self._bytes, time.monotonic())
+        self._batches = self._records = self._bytes = 0
         calls, self._let_go = self._let_go, set()
         for call in calls:
             call()

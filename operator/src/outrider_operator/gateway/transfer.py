@@ -38,8 +38,9 @@ from outrider_operator.gateway.stream import CLOSE_SECONDS, STREAM_BATCHES, Shar
 #: Refusing a peer that reads nothing must not wait for it for ever, seconds.
 ABORT_SECONDS: Final = 5.0
 #: Acknowledgements of a stream are gathered for so long after the last ones were sent, seconds,
-#: unless as many bytes of its window are free again as this share.
-GATHER_SECONDS: Final = 0.005
+#: unless as many bytes of its window are free again as this share. An agent with a full window
+#: sends what it has room for: many small acknowledgements would make many small messages of it.
+GATHER_SECONDS: Final = 0.05
 GATHER_SHARE: Final = 0.25
 
 log = get_logger(__name__)
