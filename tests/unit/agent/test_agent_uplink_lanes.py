@@ -116,9 +116,10 @@ def test_a_result_behind_fresh_records_that_have_no_room_is_found() -> None:
         lanes.fill(look, outbox.read(look, 3), outbox.last_seq)
     assert lanes.pick(full) is Lane.RESULTS
     assert lanes.take(Lane.RESULTS).seq == 11
+    assert [lanes.take(Lane.LIVE).seq for _ in range(3)] == [1, 2, 3]
     outbox.add(10)
-    lanes.appended()  # the next look is for both, and finds the result once more
-    assert [seq for _, seq in drain(lanes, outbox)] == [*range(1, 11), 12]
+    lanes.appended()  # the next looks are for both, and find the result once more
+    assert [seq for _, seq in drain(lanes, outbox)] == [*range(4, 11), 12]
 
 
 def test_while_there_are_more_results_to_read_nothing_else_goes() -> None:
