@@ -98,6 +98,12 @@ def test_prometheus_scrapes_server_and_agents() -> None:
     eventually("five targets up", all_up)
     assert sorted(t["node"] for t in addons.targets() if t["component"] == "agent") == [*NODES]
 
+    def loads() -> bool:
+        found = addons.prometheus("/api/v1/query?query=node_load1")["result"]
+        return sorted(series["metric"]["node"] for series in found) == [*NODES]
+
+    eventually("the load of all nodes under node_exporter's name", loads)
+
 
 def _restarts() -> dict[str, int]:
     """How often each container of the release's Pods was started again."""

@@ -50,6 +50,7 @@ async def test_it_runs_beats_and_reports(tmp_path: Path, authority: Authority) -
         status, body = await agent.get("/metrics")
         assert status == 200
         assert 'outrider_agent_runs_total{phase="Succeeded"} 1.0' in body
+        assert "\nnode_load1 " in body
         assert await agent.terminate() == 0
         assert "msg=stopped" in agent.text.splitlines()[-1]
 

@@ -9,6 +9,7 @@ are cut, and made valid text. Reads nothing.
 import hashlib
 import ipaddress
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -257,10 +258,9 @@ def _listener(protocol: str, words: list[str]) -> Listener | None:
     address, _, port = words[1].partition(":")
     try:
         raw = bytes.fromhex(address)
-        # Each group of four bytes is in the order of the machine, which is little-endian on all
-        # that Linux' Kubernetes nodes run on.
-        ordered = b"".join(raw[n : n + 4][::-1] for n in range(0, len(raw), 4))
-        host = str(ipaddress.ip_address(ordered))
+        if sys.byteorder == "little":  # each group of four bytes is as the machine has it
+            raw = b"".join(raw[n : n + 4][::-1] for n in range(0, len(raw), 4))
+        host = str(ipaddress.ip_address(raw))
         return Listener(protocol, host, int(port, 16), words[7], words[9])
     except ValueError:
         return None
