@@ -118,7 +118,8 @@ def test_a_result_behind_fresh_records_that_have_no_room_is_found() -> None:
     assert lanes.take(Lane.RESULTS).seq == 11
     assert [lanes.take(Lane.LIVE).seq for _ in range(3)] == [1, 2, 3]
     outbox.add(10)
-    lanes.appended()  # the next looks are for both, and find the result once more
+    lanes.appended()
+    feed(lanes, outbox, most=20)  # a look for both, which finds the result once more
     assert [seq for _, seq in drain(lanes, outbox)] == [*range(4, 11), 12]
 
 
