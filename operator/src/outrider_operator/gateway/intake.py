@@ -20,7 +20,7 @@ from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
 from outrider_operator.core.rates import Flow
-from outrider_operator.core.sink import Origin, Sink, SinkRejectedError
+from outrider_operator.core.sink import Origin, Sink, SinkError, SinkRejectedError
 from outrider_operator.gateway.aside import Aside
 from outrider_operator.gateway.budget import ByteBudget
 from outrider_operator.metrics import ServerMetrics
@@ -204,7 +204,10 @@ class Intake:
         elif isinstance(error, SinkRejectedError):
             self._reject(waiting, error)
         else:
-            # The sink itself says why, once, in its log and condition; this is one of many.
+            # The sink itself says why, once, in its log and condition; this is one of many. What is
+            # no error of a sink is a fault of ours, and told: not for each, there may be thousands.
+            if error is not None and not isinstance(error, SinkError) and not self._again:
+                log.error("batch not stored, it is tried again", exc_info=error)
             self._results["unavailable"].inc()
             self._step = 1
             self._try_later(waiting)
