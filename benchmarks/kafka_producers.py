@@ -297,9 +297,24 @@ def start(options: argparse.Namespace, bootstrap: str, **case: Any) -> "subproce
     )
 
 
+def make_topic(admin: Any, name: str) -> None:
+    """A broker that was frozen makes none until it is let in again."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import NewTopic
+
+    topic = NewTopic(name, 12, 1, config={"retention.bytes": str(2**26)})
+    for _ in range(60):
+        try:
+            admin.create_topics([topic])[name].result(30)
+            return
+        except KafkaException:
+            time.sleep(0.5)
+    raise SystemExit(f"the topic {name} cannot be made")
+
+
 def main(options: argparse.Namespace) -> None:
     from cluster.kafka import KafkaBroker
-    from confluent_kafka.admin import AdminClient, NewTopic
+    from confluent_kafka.admin import AdminClient
 
     with KafkaBroker(folder=None) as broker:
         admin = AdminClient({"bootstrap.servers": broker.bootstrap, "log_level": 0})
@@ -308,10 +323,7 @@ def main(options: argparse.Namespace) -> None:
 
         def run(producer: str, case: str, keys: int) -> None:
             topic = f"bench-{next(numbers)}"
-            made = admin.create_topics(
-                [NewTopic(topic, 12, 1, config={"retention.bytes": str(2**26)})]
-            )
-            made[topic].result(30)
+            make_topic(admin, topic)
             child = start(
                 options, broker.bootstrap, producer=producer, case=case, keys=keys, topic=topic
             )
