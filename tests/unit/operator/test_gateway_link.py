@@ -108,7 +108,8 @@ async def test_changes_follow(running: RunningGateway, channel: grpc.aio.Channel
     other.call.cancel()
     while not (left := [left for left in (await leader.receive()).left if left.node == "b"]):
         pass
-    assert [item.reason for item in left] == ["PeerGone"]
+    # A reset, or the end of what the peer sends: which of both is seen first is left to grpc.
+    assert [item.reason for item in left] in (["PeerGone"], ["Closed"])
 
 
 async def test_reports_up_and_commands_down(
