@@ -161,6 +161,24 @@ async def test_a_leader_without_api_server_stops_before_another_may_begin(plane)
     await client.close()
 
 
+async def test_a_lease_that_is_deleted_begins_a_higher_term(plane, kube) -> None:
+    lease = f"lease-{uuid.uuid4().hex[:8]}"
+    both = [Leads(kube, name, lease) for name in ("first", "second")]
+
+    def terms() -> list[int]:
+        return sorted(term for one in both for term in one.terms)
+
+    for number in (1, 2, 3):
+        # The one that does not lead has read the Lease as well: either may make it anew.
+        await until(lambda n=number: {one.candidate._lock._highest for one in both} == {n})
+        await until(lambda n=number: terms() == [*range(1, n + 1)])
+        if number < 3:
+            plane.kubectl("delete", "lease", lease)
+    await until(lambda: [one.terms[-1:] for one in both if one.now] == [[3]])
+    for one in both:
+        await one.stop()
+
+
 # Objects.
 
 
