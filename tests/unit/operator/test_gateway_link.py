@@ -108,7 +108,8 @@ async def test_changes_follow(running: RunningGateway, channel: grpc.aio.Channel
     other.call.cancel()
     while not (left := [left for left in (await leader.receive()).left if left.node == "b"]):
         pass
-    assert [item.reason for item in left] == ["PeerGone"]
+    # A call that is cancelled ends its stream with a reset, or with its end, which comes first.
+    assert [item.reason for item in left] in (["PeerGone"], ["Closed"])
 
 
 async def test_reports_up_and_commands_down(
