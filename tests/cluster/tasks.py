@@ -58,16 +58,17 @@ def create(run: Mapping[str, object], **spec: object) -> str:
     return name
 
 
-def create_script(source: str, *, at_once: bool = True) -> str:
+def create_script(source: str, *, at_once: bool = True, **spec: object) -> str:
     """Create an AgentTask that runs a script in /bin/sh on all nodes; returns its name.
 
     Args:
         source: the script.
         at_once: on all nodes at the same time, instead of the usual waves.
+        spec: further fields of its spec.
     """
     script = {"script": {"interpreter": ["/bin/sh", "-eu"], "source": source}}
     rollout = {"maxConcurrent": "100%", "waves": ["100%"]} if at_once else {}
-    return create(script, timeoutSeconds=120, rollout=rollout)
+    return create(script, **{"timeoutSeconds": 120, "rollout": rollout, **spec})
 
 
 def get(name: str) -> dict[str, Any]:
@@ -148,5 +149,14 @@ def lines_on_node(state: Path, node: str, file: str) -> list[str]:
         node: the node's name.
         file: the file's name.
     """
-    path = state / node / "var-lib" / "outrider" / file
+    path = _on_node(state, node, file)
     return path.read_text().splitlines() if path.exists() else []
+
+
+def make_on_node(state: Path, node: str, file: str) -> None:
+    """Make an empty file in the agents' folder on a node, for a script that waits for it."""
+    _on_node(state, node, file).touch()
+
+
+def _on_node(state: Path, node: str, file: str) -> Path:
+    return state / node / "var-lib" / "outrider" / file

@@ -7,7 +7,7 @@ the next session upgrades the release in it, which makes trying a change a matte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -68,13 +68,37 @@ def chart_values(cluster: None) -> dict[str, object]:
     return release.values(_built, kafka=True)
 
 
+class Release:
+    """The release in the cluster, and the settings that it was last upgraded to."""
+
+    def __init__(self, values: dict[str, object]) -> None:
+        self._values = values
+        self._settings: tuple[str, ...] | None = None
+
+    def upgrade(self, *settings: str) -> None:
+        """Have exactly these settings, as "name=value", and all three agents ready."""
+        if settings != self._settings:
+            self._settings = None
+            release.install(self._values, settings)
+            self._settings = settings
+        release.await_rollout()
+        tasks.eventually("three agents Ready", lambda: tasks.ready_agents() == [*NODES], 120)
+
+
 @pytest.fixture(scope="session")
-def _installed(chart_values: dict[str, object]) -> None:
-    release.install(chart_values)
+def _installed(chart_values: dict[str, object]) -> Release:
+    made = Release(chart_values)
+    made.upgrade()
+    return made
 
 
 @pytest.fixture(name="release")
-def ready_release(_installed: None) -> None:
-    """The release with all its Pods and all three agents ready, whatever the test before did."""
-    release.await_rollout()
-    tasks.eventually("three agents Ready", lambda: tasks.ready_agents() == [*NODES], 120)
+def ready_release(_installed: Release) -> None:
+    """The release as it is by default, and ready, whatever the test before did."""
+    _installed.upgrade()
+
+
+@pytest.fixture
+def upgrade(_installed: Release) -> Callable[..., None]:
+    """Upgrades the release to settings of the test's own, unless it has them already."""
+    return _installed.upgrade

@@ -17,13 +17,22 @@ NODES = ("node1", "node2", "node3")
 pytestmark = pytest.mark.usefixtures("release")
 
 
-def _slow_script(file: str, seconds: int) -> str:
-    """A script that leaves a line behind at its start and one at its end."""
+def _waiting_script(file: str) -> str:
+    """A script that leaves a line behind at its start and one at its end, when it is let go on."""
     path = f"/var/lib/outrider/{file}"
-    return f"echo start >> {path}; sleep {seconds}; echo end >> {path}"
+    wait = f"until [ -e {path}.go ]; do sleep 0.2; done"
+    return f"echo start >> {path}; {wait}; echo end >> {path}"
 
 
-def _assert_ran_once(file: str) -> None:
+def _let_go_on(file: str) -> None:
+    for node in NODES:
+        tasks.make_on_node(STATE, node, f"{file}.go")
+
+
+def _assert_ran_once(name: str, file: str) -> None:
+    status = tasks.await_final(name)
+    assert (status["phase"], status["counts"]["succeeded"]) == ("Succeeded", 3), status
+    assert {row["attempt"] for row in tasks.rows(name).values()} == {1}
     for node in NODES:
         assert tasks.lines_on_node(STATE, node, file) == ["start", "end"]
 
@@ -36,13 +45,16 @@ def _pods(component: str) -> list[dict[str, Any]]:
     return found
 
 
+def _uids(component: str) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in _pods(component)}
+
+
 def _leader() -> str:
-    """The Pod that holds the Lease."""
+    """The Pod that holds the Lease; empty where none does, or one that is gone."""
     leases = api.kubectl_json("-n", release.NAMESPACE, "get", "leases")["items"]
     servers: list[str] = [pod["metadata"]["name"] for pod in _pods("server")]
     holders = [lease["spec"].get("holderIdentity") or "" for lease in leases]
-    (leader,) = [name for name in servers if any(holder.startswith(name) for holder in holders)]
-    return leader
+    return next((name for name in servers for holder in holders if holder.startswith(name)), "")
 
 
 def test_task_waits_for_a_node_that_is_off() -> None:
@@ -72,31 +84,46 @@ def test_task_waits_for_a_node_that_is_off() -> None:
 @pytest.mark.parametrize("force", [False, True], ids=["gracefully", "by-force"])
 def test_task_ends_right_when_its_leader_goes(force: bool) -> None:
     file = f"leader-{uuid.uuid4().hex[:8]}"
-    name = tasks.create_script(_slow_script(file, 10))
+    name = tasks.create_script(_waiting_script(file))
     tasks.await_rows(name, "Running", NODES)
-    leader = _leader()
+    leader = eventually("a leader", _leader)
     how = ["--grace-period=0", "--force"] if force else ["--wait=false"]
     api.kubectl("-n", release.NAMESPACE, "delete", "pod", leader, *how)
-    status = tasks.await_final(name, 120)
-    assert (status["phase"], status["counts"]["succeeded"]) == ("Succeeded", 3), status
-    _assert_ran_once(file)
-    assert {row["attempt"] for row in tasks.rows(name).values()} == {1}
-    eventually("another leader", lambda: _leader() != leader)
+    eventually("another leader", lambda: _leader() not in ("", leader))
+    _let_go_on(file)
+    _assert_ran_once(name, file)
 
 
 def test_killed_agent_reports_the_attempt_interrupted() -> None:
     file = f"killed-{uuid.uuid4().hex[:8]}"
-    name = tasks.create_script(_slow_script(file, 20))
+    name = tasks.create_script(_waiting_script(file))
     tasks.await_rows(name, "Running", NODES)
     (agent,) = [pod for pod in _pods("agent") if pod["spec"]["nodeName"] == "node2"]
     names = (agent["metadata"]["name"], "--grace-period=0", "--force")
     api.kubectl("-n", release.NAMESPACE, "delete", "pod", *names)
-    status = tasks.await_final(name, 120)
+    tasks.await_rows(name, "Interrupted", ["node2"], 120)
+    _let_go_on(file)
+    status = tasks.await_final(name)
     rows = tasks.rows(name)
     assert rows["node2"]["phase"] == "Interrupted", rows["node2"]
     assert {rows[node]["phase"] for node in ("node1", "node3")} == {"Succeeded"}
     assert status["phase"] == "Failed"
     assert tasks.lines_on_node(STATE, "node2", file) == ["start"]
+
+
+def test_task_goes_on_while_all_servers_are_replaced(chart_values: dict[str, object]) -> None:
+    servers, agents = _uids("server"), _uids("agent")
+    file = f"rolling-{uuid.uuid4().hex[:8]}"
+    name = tasks.create_script(_waiting_script(file))
+    tasks.await_rows(name, "Running", NODES)
+    change = f"server.podAnnotations.test={file}"
+    release.install(chart_values, [change])
+    # helm waits for the new Pods, not for the end of the old ones.
+    eventually("an end of the old servers", lambda: not servers & _uids("server"), 90)
+    assert _uids("agent") == agents
+    assert {row["phase"] for row in tasks.rows(name).values()} == {"Running"}
+    _let_go_on(file)
+    _assert_ran_once(name, file)
 
 
 def _forward(pod: dict[str, Any]) -> int:
@@ -113,18 +140,17 @@ def _stored_certificate() -> str:
 
 
 def test_upgrade_with_a_new_certificate_disturbs_nothing(chart_values: dict[str, object]) -> None:
-    before = {pod["metadata"]["uid"] for pod in _pods("server") + _pods("agent")}
+    before = _uids("server") | _uids("agent")
     old = _stored_certificate()
     file = f"upgrade-{uuid.uuid4().hex[:8]}"
-    name = tasks.create_script(_slow_script(file, 20))
+    name = tasks.create_script(_waiting_script(file))
     tasks.await_rows(name, "Running", NODES)
     release.install(chart_values, ["tls.generated.renewAfterDays=0"])
     new = _stored_certificate()
     assert new != old
-    status = tasks.await_final(name)
-    assert (status["phase"], status["counts"]["succeeded"]) == ("Succeeded", 3)
-    _assert_ran_once(file)
-    assert {pod["metadata"]["uid"] for pod in _pods("server") + _pods("agent")} == before
+    _let_go_on(file)
+    _assert_ran_once(name, file)
+    assert _uids("server") | _uids("agent") == before
     # kubelet takes some 20 s to renew the mounted file; no restart in between.
     for pod in _pods("server"):
         port = _forward(pod)

@@ -1,6 +1,7 @@
 """The agent as a process: start, stop, kill -9 in the middle of things, and wrong settings."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,26 @@ async def test_it_runs_beats_and_reports(tmp_path: Path, authority: Authority) -
         assert "\nnode_load1 " in body
         assert await agent.terminate() == 0
         assert "msg=stopped" in agent.text.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+async def test_runs_of_another_user_come_well_out_of_the_fork(
+    tmp_path: Path, authority: Authority
+) -> None:
+    # For another user a process is forked, and the child must run nothing of gRPC.
+    allowed = "--tasks.allowed-users=nobody"
+    async with (
+        serving(authority) as server,
+        agent_in(tmp_path, server.address, authority, allowed),
+    ):
+        stream = await server.gateway.stream()
+        for number in range(30):
+            command = run_of(f"fork-{number}", "id -u")
+            command.runs[0].user = "nobody"
+            stream.send(command)
+            state = await server.gateway.final(f"fork-{number}")
+            assert (state.phase, state.preview) == (pb.RUN_PHASE_SUCCEEDED, b"65534\n"), state
+            stream.send(pb.Command(run_acks=[state.id]))
 
 
 async def test_a_kill_in_the_middle_of_a_run_interrupts_it_and_never_runs_it_again(

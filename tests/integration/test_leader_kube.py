@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from cluster.controlplane import API_SERVER, ControlPlane
 from cluster.paths import ROOT
@@ -35,9 +38,6 @@ from outrider_runtime.settings import SettingsError
 from prometheus_client import CollectorRegistry
 
 NAMESPACE = "default"
-# aiohttp leaves the socket of a TLS handshake that was reset to the garbage collector, in whatever
-# test that runs then.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 FAST = LeaderSettings(
     lease_name="test", lease_duration_seconds=4, renew_deadline_seconds=3, retry_period_seconds=1
 )
@@ -159,6 +159,27 @@ async def test_a_leader_without_api_server_stops_before_another_may_begin(plane)
     await until(lambda: one.now)
     await one.stop()
     await client.close()
+
+
+async def test_a_lease_that_is_deleted_begins_a_higher_term(plane, kube) -> None:
+    lease = f"lease-{uuid.uuid4().hex[:8]}"
+    both = [Leads(kube, name, lease) for name in ("first", "second")]
+
+    def terms() -> list[int]:
+        return sorted(term for one in both for term in one.terms)
+
+    def all_read() -> bool:
+        # The one that does not lead has read the Lease as well: either may make it anew.
+        return {one.candidate._lock._highest for one in both} == {len(terms())}
+
+    for number in (1, 2, 3):
+        await until(lambda: len(terms()) >= number and all_read())  # noqa: B023 - awaited
+        assert terms() == [*range(1, number + 1)], "a term was begun twice, or left out"
+        if number < 3:
+            plane.kubectl("delete", "lease", lease)
+    await until(lambda: [one.terms[-1] for one in both if one.now] == [3])
+    for one in both:
+        await one.stop()
 
 
 # Objects.
@@ -367,3 +388,24 @@ async def test_stopping_leaves_no_thread_behind(plane) -> None:
     await until(lambda: any(t.name == "watches" for t in threading.enumerate()))
     await found.stop()
     await until(lambda: not any(t.name == "watches" for t in threading.enumerate()), 5)
+
+
+async def test_stopping_leaves_no_connection_to_an_api_server_that_hangs(plane, seen) -> None:
+    body = {"metadata": {"name": f"hangs-{uuid.uuid4().hex[:8]}"}}
+    plane.request("POST", "/api/v1/nodes", body)
+    await until(lambda: seen.has("Node", body["metadata"]["name"]))
+    port = urlsplit(plane.server).port
+
+    def connections() -> int:
+        found = psutil.Process().net_connections("tcp")
+        return sum(bool(one.raddr) and one.raddr.port == port for one in found)
+
+    assert connections() > 0
+    gc.disable()  # it would close what nobody closed
+    plane.processes.freeze(API_SERVER)
+    try:
+        await seen.stop()
+        await until(lambda: connections() == 0, 5)
+    finally:
+        plane.processes.thaw(API_SERVER)
+        gc.enable()

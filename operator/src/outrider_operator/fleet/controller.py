@@ -330,9 +330,9 @@ class Controller:
             self._backoffs.pop(uid, None)
             if again is not None:
                 self._queue.add(uid, max(again, self._settings.batch_millis / 1000))
-        except NotFoundError:
+        except NotFoundError as error:
             result = "gone"
-            await self._after_not_found(uid, runner)
+            await self._after_not_found(uid, runner, error)
         except ConflictError as error:
             result = "conflict"
             await self._refresh(uid, runner, error)
@@ -352,16 +352,15 @@ class Controller:
     def _active(self) -> int:
         return sum(runner.started for runner in self._open.values())
 
-    async def _after_not_found(self, uid: str, runner: TaskRunner) -> None:
+    async def _after_not_found(self, uid: str, runner: TaskRunner, error: ClusterError) -> None:
         """The task, or one of its reports, is gone: somebody deleted it."""
         runner.reload()
         try:
             await self._confirm_gone(uid)
-        except ClusterError as error:
+        except ClusterError as other:
+            error = other
+        if uid in self._tasks:
             self._retry(uid, error)
-        else:
-            if uid in self._tasks:
-                self._queue.add(uid, 1.0)
 
     async def _refresh(self, uid: str, runner: TaskRunner, error: ClusterError) -> None:
         """Somebody else wrote: read again, then go on."""

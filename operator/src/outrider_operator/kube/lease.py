@@ -31,17 +31,37 @@ class LeaseLostError(Exception):
 
 
 class _CountedLease(LeaseLock):
-    """A Lease that counts its changes of holder: the term that fences old leaders."""
+    """A Lease that counts its changes of holder: the term that fences old leaders.
+
+    The count goes on where somebody deleted the Lease: gateways refuse a leader of a lower term
+    than they have seen, for as long as they remember it.
+    """
 
     term: int = 0
+    #: Highest count that was read or written.
+    _highest: int = 0
+
+    async def get(
+        self, name: str, namespace: str
+    ) -> tuple[bool, LeaderElectionRecord] | tuple[bool, Exception] | tuple[bool, None]:
+        """Read the Lease, and remember its count."""
+        found = await super().get(name, namespace)
+        if found[0] and self.lease_reference is not None:
+            self._count(self.lease_reference.spec)
+        return found
+
+    def _count(self, spec: Any) -> int:
+        """The changes of holder so far: those of the Lease as it is, or of the one before it."""
+        self._highest = max(self._highest, (spec.lease_transitions or 0) if spec else 0)
+        return self._highest
 
     def update_lease(
         self, leader_election_record: LeaderElectionRecord, current_spec: Any = None
     ) -> Any:
         """The spec to be written. Counts a change of holder."""
         holder = current_spec.holder_identity if current_spec else None
-        count = (current_spec.lease_transitions or 0) if current_spec else 0
-        # The client's own takeover and the first creation both count: a term is never 0.
+        count = self._count(current_spec)
+        # The client's own takeover and each creation count: a term is never 0.
         self._next = count if holder == self.identity else count + 1
         spec = super().update_lease(leader_election_record, current_spec)
         spec.lease_transitions = self._next
@@ -70,7 +90,7 @@ class _CountedLease(LeaseLock):
             if error.status == 409:
                 return False
             raise
-        self.term = self._next
+        self.term = self._highest = self._next
         return True
 
 
@@ -130,10 +150,12 @@ class Candidate:
             term = self._lock.term
             self._log.info("leading", term=term)
             try:
-                async with self._held():
+                async with self._held(term):
                     await lead(term)
-            except* LeaseLostError:
-                self._log.warning("lease lost, no longer leading", term=term)
+            except* LeaseLostError as lost:
+                self._log.warning(
+                    "lease lost, no longer leading", term=term, reason=str(lost.exceptions[0])
+                )
             # A TaskGroup forgets that it was cancelled when one of its tasks fails in the same
             # moment (until Python 3.13).
             task = asyncio.current_task()
@@ -174,18 +196,19 @@ class Candidate:
         return won
 
     @asynccontextmanager
-    async def _held(self) -> AsyncIterator[None]:
+    async def _held(self, term: int) -> AsyncIterator[None]:
         """Keep the Lease while the body runs, and give it back afterwards."""
         try:
             async with asyncio.TaskGroup() as group:
-                renewal = group.create_task(self._renew(), name="renew the lease")
+                renewal = group.create_task(self._renew(term), name="renew the lease")
                 yield
                 renewal.cancel()
         finally:
             if self.leads:
                 await asyncio.shield(self._release())
 
-    async def _renew(self) -> None:
+    async def _renew(self, term: int) -> None:
+        """Renew the Lease for ever. Raises LeaseLostError when it is not this term's any more."""
         while True:
             await asyncio.sleep(
                 min(
@@ -193,16 +216,20 @@ class Candidate:
                 )
             )
             if not self.leads:
-                raise LeaseLostError
+                raise LeaseLostError("it was not renewed in time")
             try:
                 async with asyncio.timeout(self.valid_until - time.monotonic()):
                     await self._try()
             except TimeoutError:
-                raise LeaseLostError from None
+                raise LeaseLostError("it was not renewed in time") from None
             held = self._election.observed_record
             if held is not None and held.holder_identity != self._lock.identity:
                 self.valid_until = 0.0
-                raise LeaseLostError
+                raise LeaseLostError(f"{held.holder_identity or 'nobody'} holds it")
+            if self._lock.term != term:
+                # Another may have led meanwhile: all is read anew, under the new term.
+                self.valid_until = 0.0
+                raise LeaseLostError("somebody deleted it, and it was made anew")
 
     async def _release(self) -> None:
         """Give the Lease back, so that the next replica need not wait for it to run out."""

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal
 
@@ -33,6 +34,31 @@ STOP_SECONDS: Final = 10.0
 Kind = Literal["AgentTask", "AgentTaskSchedule", "AgentConfig", "Node", "Agent"]
 #: Kinds that are listed now and then, to see whether the watches have shown them.
 CHECKED: Final = ("AgentTask", "AgentTaskSchedule")
+
+
+class _WatchLoop(asyncio.SelectorEventLoop):
+    """A loop that leaves no connection half closed when it ends.
+
+    A watch that is cancelled closes its connection as TLS has it, and waits for the API server to
+    do the same. kopf does not wait for that, and an API server that hangs never does it: the
+    sockets would stay open until the garbage collector finds them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._connections: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+
+    async def create_connection(self, *args: Any, **options: Any) -> Any:
+        """As of every loop; the connection is remembered."""
+        transport, protocol = await super().create_connection(*args, **options)
+        self._connections.add(transport)
+        return transport, protocol
+
+    async def abort_connections(self) -> None:
+        """Close all that is still open, without a word to the other side."""
+        for transport in list(self._connections):
+            transport.abort()
+        await asyncio.sleep(0)  # sockets are closed in the loop's next round
 
 
 class Watches:
@@ -132,14 +158,15 @@ class Watches:
     def _thread(self, ended: asyncio.Event) -> None:
         self._error = None
         try:
-            asyncio.run(self._operate())
+            with asyncio.Runner(loop_factory=_WatchLoop) as runner:
+                runner.run(self._operate())
         except Exception as error:  # noqa: BLE001 - whatever ends kopf, it is begun anew
             self._error = error
         finally:
             self._to_owner(ended.set)
 
     async def _operate(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         if self._stopping:  # asked before there was anything to ask
             self._stop.set()
@@ -156,6 +183,8 @@ class Watches:
             )
         finally:
             beat.cancel()
+            assert isinstance(loop, _WatchLoop)
+            await loop.abort_connections()
 
     async def _keep_beating(self) -> None:
         while True:
