@@ -33,6 +33,8 @@ TICK_SECONDS = 0.1
 MOST_IDLE_MIB, MOST_IDLE_PERCENT = 60.0, 0.5
 MOST_CORES_AT_20000 = 0.5
 SETTLE_SECONDS = 10.0
+#: The agent's metric of records that went to a server, and the share of the load it must have sent.
+SENT, KEPT = "outrider_agent_sent_records_total", 0.9
 MIB = 1024 * 1024
 
 
@@ -74,7 +76,7 @@ def measure_agent(
     agent = stage.programs.agent("bench-agent", overrides={"log": {"level": "warning"}})
     with steps.step(f"the agent, idle for {idle_seconds:.0f} s"):
         _run(stage, agent, 0)
-        cores, memory = _look(stage, agent, idle_seconds)
+        cores, memory, _ = _look(stage, agent, idle_seconds)
         stage.processes.stop(agent.name, 30)
     report.line("agent, idle", cpu_percent=round(100 * cores, 2), rss_mib=round(memory, 1))
     report.bound("agent, idle: memory", memory, "MiB", MOST_IDLE_MIB)
@@ -82,12 +84,15 @@ def measure_agent(
     for rate in RATES:
         with steps.step(f"the agent at {rate} records a second"):
             _run(stage, agent, rate)
-            cores, memory = _look(stage, agent, load_seconds)
+            cores, memory, sent = _look(stage, agent, load_seconds)
             stage.processes.stop(agent.name, 30)
-        each = cores * 1000 / rate
+        if sent < KEPT * rate:
+            raise RuntimeError(f"the agent sent {sent:.0f} records a second of {rate}")
+        each = cores * 1000 / sent
         report.line(
             "agent, loaded",
             records_per_second=rate,
+            sent_per_second=round(sent),
             cores=round(cores, 3),
             cores_per_1000_records=round(each, 4),
             rss_mib=round(memory, 1),
@@ -108,13 +113,15 @@ def _run(stage: Stage, agent: Program, rate: int) -> None:
     time.sleep(SETTLE_SECONDS)
 
 
-def _look(stage: Stage, agent: Program, seconds: float) -> tuple[float, float]:
-    """Cores used and MiB resident."""
+def _look(stage: Stage, agent: Program, seconds: float) -> tuple[float, float, float]:
+    """Cores used, MiB resident, and records sent a second."""
     pid = stage.pid(agent.name)
+    sent = measure.metric(agent, SENT)
     before, began = measure.cpu([pid]), time.monotonic()
     wait_for("time passes", lambda: time.monotonic() - began >= seconds, seconds + 30, 0.5)
-    cores = (measure.cpu([pid]) - before) / (time.monotonic() - began)
-    return cores, measure.rss(pid) / MIB
+    took = time.monotonic() - began
+    cores = (measure.cpu([pid]) - before) / took
+    return cores, measure.rss(pid) / MIB, (measure.metric(agent, SENT) - sent) / took
 
 
 def main() -> int:

@@ -22,12 +22,12 @@ from typing import Any
 from cluster import controlplane, paths
 from cluster.controlplane import ControlPlane
 from cluster.errors import run_main
-from cluster.programs import Program, Programs, http
+from cluster.programs import Program, Programs
 from cluster.progress import Steps
 from cluster.supervised import wait_for
-from prometheus_client.parser import text_string_to_metric_families
 from swarm import measure, population
 from swarm.herd import Herd
+from swarm.measure import metric
 from swarm.profiler import Profiler
 
 OUTPUT = paths.ROOT / "dist" / "bench-fanout.jsonl"
@@ -93,12 +93,6 @@ class Bench:
 
 def _leads(server: Program) -> bool:
     return metric(server, "outrider_server_leader") == 1
-
-
-def metric(program: Program, name: str) -> float:
-    """The sum of a metric's samples; 0 if the program does not answer."""
-    families = text_string_to_metric_families(http(program, "/metrics")[1])
-    return sum(s.value for f in families for s in f.samples if s.name == name)
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 from cluster.controlplane import ControlPlane
+from cluster.programs import Program, http
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,12 @@ def cpu(pids: Iterable[int]) -> float:
         times = psutil.Process(pid).cpu_times()
         total += times.user + times.system
     return total
+
+
+def metric(program: Program, name: str) -> float:
+    """The sum of a metric's samples; 0 if the program does not answer."""
+    families = text_string_to_metric_families(http(program, "/metrics")[1])
+    return sum(s.value for f in families for s in f.samples if s.name == name)
 
 
 def api_writes(plane: ControlPlane, resources: Iterable[str]) -> Counter[str]:
