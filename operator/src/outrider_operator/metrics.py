@@ -110,6 +110,11 @@ class ServerMetrics:
         self.run_reports = self._counter(
             "run_reports_total", "Run reports of agents, by result.", "result"
         )
+        self.config_reports = self._counter(
+            "config_reports_total",
+            "Reports of agents on their configuration that a gateway took, by result.",
+            "result",
+        )
         self.link_pending = self._gauge(
             "link_pending_bytes", "Bytes of run reports that the leader has not taken yet."
         )

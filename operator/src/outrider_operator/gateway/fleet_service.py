@@ -174,6 +174,11 @@ class Link:
         if self._outgoing.full:
             self.end(TOO_SLOW)
 
+    def config_reported(self, node: str, session: int, report: bytes) -> None:
+        """An agent told how it stands to its configuration."""
+        self._outgoing.config_reported(node, session, report)
+        self._wake.set()
+
     async def room(self, node: str) -> None:
         """Wait until most of what a node reported has been taken, or the link has ended."""
         while self._outgoing.holds_up(node) and not self._ended.done():
@@ -271,7 +276,13 @@ class Link:
 
     async def _write(self) -> None:
         try:
-            await self._send(LinkResponse(hello=self._links.hello, joined=self._links.hub.roster()))
+            hub = self._links.hub
+            for stream in hub.streams():
+                if stream.config_report:
+                    self.config_reported(
+                        stream.info.node, stream.info.session, stream.config_report
+                    )
+            await self._send(LinkResponse(hello=self._links.hello, joined=hub.roster()))
             while True:
                 self._wake.clear()
                 while (message := self._outgoing.take()) is not None:

@@ -44,6 +44,8 @@ class Stream(Protocol):
     """One agent's stream, as far as the hub knows it."""
 
     info: AgentSession
+    #: The newest ConfigReport, serialized, for leaders to come; empty: none came yet.
+    config_report: bytes
 
     def push(self, command: Command) -> None:
         """Send a command, merged with what waits; ends the stream when too much waits."""
@@ -63,6 +65,9 @@ class Listener(Protocol):
 
     def reported(self, report: NodeRunReport) -> None:
         """An agent reported runs."""
+
+    def config_reported(self, node: str, session: int, report: bytes) -> None:
+        """An agent told how it stands to its configuration; replaces what it told before."""
 
     async def room(self, node: str) -> None:
         """Wait until most of what a node reported has been taken, or nobody follows any more."""
@@ -131,6 +136,18 @@ class Hub:
             self._listener.reported(
                 NodeRunReport(node=info.node, session=info.session, report=report)
             )
+
+    def config_reported(self, stream: Stream, report: bytes) -> None:
+        """Keep how an agent stands to its configuration, and pass it on if there is a leader."""
+        if self._streams.get(stream.info.node) is not stream:
+            self._metrics.config_reports.labels("stale").inc()
+            return
+        stream.config_report = report
+        if self._listener is None:
+            self._metrics.config_reports.labels("no_leader").inc()
+            return
+        self._metrics.config_reports.labels("forwarded").inc()
+        self._listener.config_reported(stream.info.node, stream.info.session, report)
 
     async def room(self, node: str) -> None:
         """Wait until a node may report more: a flood of reports waits with its agent."""

@@ -1,15 +1,22 @@
-"""What waits to be sent to the linked leader: roster changes and run reports, merged and bounded.
+"""What waits to be sent to the linked leader: roster changes and reports, merged and bounded.
 
-Without input or output. Roster changes keep only the newest of each node, so that they are bounded
-by the number of nodes; run reports are bounded in bytes, and past that the link is to be closed:
-agents report again when the next one opens, so nothing is lost by it.
+Without input or output. Roster changes and config reports keep only the newest of each node, so
+that they are bounded by the number of nodes (the reports are the very bytes their streams keep).
+Run reports are bounded in bytes, and past that the link is to be closed: agents report again when
+the next one opens, so nothing is lost by it.
 """
 
 from collections import deque
 from typing import Final
 
 from outrider_proto import limits
-from outrider_proto.v1.fleet_pb2 import AgentLeft, AgentSession, LinkResponse, NodeRunReport
+from outrider_proto.v1.fleet_pb2 import (
+    AgentLeft,
+    AgentSession,
+    LinkResponse,
+    NodeConfigReport,
+    NodeRunReport,
+)
 
 #: Most bytes of run reports that wait for the leader.
 PENDING_REPORT_BYTES: Final = 64 * limits.MIB
@@ -29,10 +36,11 @@ class LinkOutgoing:
         self._left: dict[str, AgentLeft] = {}
         self._reports: deque[tuple[NodeRunReport, int]] = deque()
         self._node_bytes: dict[str, int] = {}
+        self._configs: dict[str, tuple[int, bytes]] = {}
         self.report_bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._joined or self._left or self._reports)
+        return bool(self._joined or self._left or self._reports or self._configs)
 
     @property
     def full(self) -> bool:
@@ -55,6 +63,13 @@ class LinkOutgoing:
             return
         # Its beginning goes out even so: it tells the leader that an older stream is gone as well.
         self._left[left.node] = left
+        told = self._configs.get(left.node)
+        if told is not None and told[0] <= left.session:
+            del self._configs[left.node]
+
+    def config_reported(self, node: str, session: int, report: bytes) -> None:
+        """An agent told how it stands to its configuration; `report`: a serialized ConfigReport."""
+        self._configs[node] = (session, report)
 
     def reported(self, report: NodeRunReport) -> None:
         """An agent reported runs."""
@@ -86,4 +101,18 @@ class LinkOutgoing:
                 del self._node_bytes[report.node]
             message.run_reports.append(report)
         self.report_bytes -= taken
+        if not taken:
+            self._take_configs(message)
         return message
+
+    def _take_configs(self, message: LinkResponse) -> None:
+        taken = 0
+        for node in list(self._configs)[:MESSAGE_CHANGES]:
+            session, report = self._configs[node]
+            if taken and taken + len(report) > MESSAGE_BYTES:
+                break
+            taken += len(report)
+            del self._configs[node]
+            told = NodeConfigReport(node=node, session=session)
+            told.report.ParseFromString(report)
+            message.config_reports.append(told)

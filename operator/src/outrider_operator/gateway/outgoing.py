@@ -14,6 +14,7 @@ from outrider_proto.v1.agent_pb2 import (
     BatchReject,
     Command,
     Drain,
+    EffectiveConfig,
     Heartbeat,
     RunCommand,
     RunId,
@@ -81,7 +82,16 @@ class AckRanges:
 class Outgoing:
     """The commands that wait for one agent. What comes again replaces what waits."""
 
-    __slots__ = ("_acks", "_bytes", "_cancels", "_first", "_rejects", "_run_acks", "_runs")
+    __slots__ = (
+        "_acks",
+        "_bytes",
+        "_cancels",
+        "_config",
+        "_first",
+        "_rejects",
+        "_run_acks",
+        "_runs",
+    )
 
     def __init__(self) -> None:
         self._first = Command()
@@ -90,6 +100,7 @@ class Outgoing:
         self._runs: dict[RunKey, tuple[RunCommand, int]] = {}
         self._cancels: dict[RunKey, None] = {}
         self._run_acks: dict[RunKey, None] = {}
+        self._config: EffectiveConfig | None = None
         self._bytes = 0
 
     def __bool__(self) -> bool:
@@ -99,6 +110,7 @@ class Outgoing:
             or self._cancels
             or self._run_acks
             or self._rejects
+            or self._config is not None
             or self._first.ByteSize()
         )
 
@@ -140,7 +152,9 @@ class Outgoing:
         self._first.report_runs = True
 
     def merge(self, command: Command) -> None:
-        """Add the runs, cancels and run_acks of the leader, and its wish for a report.
+        """Add the runs, cancels and run_acks of the leader, its wish for a report, its config.
+
+        Of configs only the newest is sent.
 
         Raises:
             OutgoingFullError: more would wait than may.
@@ -157,6 +171,8 @@ class Outgoing:
                     self._bytes += RUN_ID_BYTES
         if command.report_runs:
             self.ask_for_runs()
+        if command.HasField("config"):
+            self._set_config(command.config)
         if self._bytes > PENDING_BYTES:
             raise OutgoingFullError
 
@@ -174,7 +190,12 @@ class Outgoing:
                 for (epoch, seq), max_bytes in self._rejects.items()
             )
             self._rejects.clear()
-        self._take_runs(command)
+        if self._config is not None:
+            # Runs wait for the next message: both together may be larger than a message can be.
+            command.config.CopyFrom(self._config)
+            self._set_config(None)
+        else:
+            self._take_runs(command)
         for waiting, names in (
             (self._cancels, command.cancels),
             (self._run_acks, command.run_acks),
@@ -184,6 +205,11 @@ class Outgoing:
                 self._bytes -= RUN_ID_BYTES
                 names.add(task_uid=key[0], attempt=key[1])
         return command
+
+    def _set_config(self, config: EffectiveConfig | None) -> None:
+        self._bytes -= len(self._config.content) if self._config is not None else 0
+        self._bytes += len(config.content) if config is not None else 0
+        self._config = config
 
     def _add_run(self, run: RunCommand) -> None:
         key, size = _key(run.id), run.ByteSize()

@@ -14,6 +14,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from outrider_proto import batches, limits
 from outrider_proto.v1.agent_pb2 import (
+    ConfigReport,
     EncodedRecord,
     Heartbeat,
     Hello,
@@ -33,6 +34,10 @@ HELLO_RUN_KINDS: Final = 16
 #: Longest task UID and reason in a run report, characters.
 UID_LENGTH: Final = 64
 REASON_LENGTH: Final = 64
+#: Most differences in a config report; longest hash, name and version in it, characters.
+CONFIG_DRIFTS: Final = 16
+HASH_LENGTH: Final = 64
+PLUGIN_TEXT_LENGTH: Final = 128
 #: Longest list of addresses and longest text of an Envelope, characters; the rest is cut off.
 ENVELOPE_ADDRESSES_LENGTH: Final = 1024
 ENVELOPE_TEXT_LENGTH: Final = 253
@@ -52,7 +57,13 @@ ENTRIES: Final = {
     (17,): limits.BATCHES_PER_MESSAGE,
     (17, 7): limits.BATCHES_PER_MESSAGE * limits.BATCH_DATA_TYPES,
     (18, 1): limits.RUNS_PER_MESSAGE,
+    (20, 5): limits.PLUGINS,
+    (20, 6): CONFIG_DRIFTS,
 }
+
+
+#: The kinds of messages but for batches, by their fields.
+KINDS: Final = ("hello", "run_report", "config_report", "heartbeat")
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,13 @@ class RunsReported:
 
 
 @dataclass(frozen=True)
+class ConfigReported:
+    """How the agent stands to its configuration; a serialized ConfigReport within its limits."""
+
+    report: bytes
+
+
+@dataclass(frozen=True)
 class HeartbeatCame:
     """A sign of life to answer."""
 
@@ -115,7 +133,7 @@ class Refused:
     message: str
 
 
-Event = Opened | BatchesCame | RunsReported | HeartbeatCame | PlainCame | Refused
+Event = Opened | BatchesCame | RunsReported | ConfigReported | HeartbeatCame | PlainCame | Refused
 
 
 class State(enum.Enum):
@@ -184,7 +202,7 @@ class SessionProtocol:
             return _invalid("Unparsable", "the message is no PackagedData")
         if message.agent_id and message.agent_id != self._identity.node_uid:
             return _denied("ForeignAgentId", "agent_id is not the one in the token")
-        kinds = [name for name in ("hello", "run_report", "heartbeat") if message.HasField(name)]
+        kinds = [name for name in KINDS if message.HasField(name)]
         if message.batches:
             kinds.append("batches")
         if len(kinds) > 1:
@@ -225,6 +243,11 @@ class SessionProtocol:
             return (
                 _invalid("BadRunReport", problem) if problem else RunsReported(message.run_report)
             )
+        if kind == "config_report":
+            problem = check_config_report(message.config_report)
+            if problem:
+                return _invalid("BadConfigReport", problem)
+            return ConfigReported(message.config_report.SerializeToString())
         if kind == "heartbeat":
             return HeartbeatCame(message.heartbeat)
         if kind == "hello":
@@ -271,6 +294,23 @@ def check_report(report: RunReport) -> str | None:
                 f"a reason has at most {REASON_LENGTH} characters, "
                 f"a message {limits.RUN_MESSAGE_BYTES} bytes"
             )
+    return None
+
+
+def check_config_report(report: ConfigReport) -> str | None:
+    """Why a config report is beyond the limits; None when it keeps them."""
+    if report.ByteSize() > limits.CONFIG_REPORT_BYTES:
+        return f"a report of {report.ByteSize()} bytes; at most {limits.CONFIG_REPORT_BYTES}"
+    if len(report.plugins) > limits.PLUGINS or len(report.drift) > CONFIG_DRIFTS:
+        return f"at most {limits.PLUGINS} plug-ins and {CONFIG_DRIFTS} differences"
+    if len(report.hash) > HASH_LENGTH or len(report.tried_hash) > HASH_LENGTH:
+        return f"a hash has at most {HASH_LENGTH} characters"
+    sentences = [report.message, *report.drift, *(plugin.message for plugin in report.plugins)]
+    if any(len(text) > limits.CONFIG_MESSAGE_BYTES for text in sentences):
+        return f"a message has at most {limits.CONFIG_MESSAGE_BYTES} bytes"
+    names = [text for plugin in report.plugins for text in (plugin.name, plugin.version)]
+    if any(len(text) > PLUGIN_TEXT_LENGTH for text in names):
+        return f"names and versions have at most {PLUGIN_TEXT_LENGTH} characters"
     return None
 
 

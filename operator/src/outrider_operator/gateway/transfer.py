@@ -26,6 +26,7 @@ from outrider_operator.gateway.outgoing import Outgoing, OutgoingFullError
 from outrider_operator.gateway.plain import PlainStream
 from outrider_operator.gateway.session import (
     BatchesCame,
+    ConfigReported,
     HeartbeatCame,
     Opened,
     PlainCame,
@@ -106,6 +107,7 @@ class AgentStream(Stream):
         "_sent_at",
         "_writer",
         "_writing_since",
+        "config_report",
         "info",
     )
 
@@ -124,6 +126,7 @@ class AgentStream(Stream):
         self._sent_at = 0.0
         self._acked_bytes = 0
         self._letting_go = False
+        self.config_report = b""
         self.info = AgentSession(
             node=identity.node,
             node_uid=identity.node_uid,
@@ -213,6 +216,8 @@ class AgentStream(Stream):
                 elif isinstance(event, RunsReported):
                     self._shared.hub.report(self, event.report)
                     await self._shared.hub.room(self.info.node)
+                elif isinstance(event, ConfigReported):
+                    self._shared.hub.config_reported(self, event.report)
                 elif isinstance(event, HeartbeatCame):
                     self._out().answer(event.heartbeat)
                     self._wake()
