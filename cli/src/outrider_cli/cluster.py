@@ -41,6 +41,7 @@ _Merger: Any = KubeConfigMerger
 
 GROUP: Final = "/apis/outrider.dev/v1alpha1"
 TASK_LABEL: Final = "outrider.dev/task"
+CONFIG_LABEL: Final = "outrider.dev/agentconfig"
 #: A request is given so long, seconds.
 REQUEST_SECONDS: Final = 10.0
 #: Objects asked for at a time when a list is read.
@@ -143,6 +144,48 @@ class Cluster:
     def agents(self) -> list[Object]:
         """All Agents. Raises as `request`."""
         return self.items(f"{GROUP}/agents")
+
+    def agent(self, name: str) -> Object:
+        """The Agent of a node. Raises as `request`."""
+        return self._one(f"{GROUP}/agents/{quote(name, safe='')}", f"Agent {name}")
+
+    def agent_configs(self) -> list[Object]:
+        """All AgentConfigs. Raises as `request`."""
+        return self.items(f"{GROUP}/agentconfigs")
+
+    def agent_config(self, name: str) -> Object:
+        """An AgentConfig. Raises as `request`."""
+        return self._one(_config(name), f"AgentConfig {name}")
+
+    def replace_agent_config(self, body: Mapping[str, Any], *, dry_run: bool) -> Object:
+        """Write an AgentConfig that was read before, if nobody else did since.
+
+        Raises:
+            ConflictError: Somebody did.
+            ClusterError: And its kinds, as `request`.
+        """
+        target = _config(body["metadata"]["name"], fieldValidation="Strict", **_dry(dry_run))
+        return self.request("PUT", target, body)
+
+    def annotate_agent_config(self, name: str, key: str, value: str, *, dry_run: bool) -> Object:
+        """Set an annotation of an AgentConfig. Raises as `request`."""
+        body = {"metadata": {"annotations": {key: value}}}
+        return self.request("PATCH", _config(name, **_dry(dry_run)), body)
+
+    def controller_revisions(self, namespace: str, config: str) -> list[Object]:
+        """The kept revisions of an AgentConfig. Raises as `request`."""
+        query = urlencode({"labelSelector": f"{CONFIG_LABEL}={config}"})
+        return self.items(f"{_revisions(namespace)}?{query}")
+
+    def controller_revision(self, namespace: str, name: str) -> Object:
+        """One of them, by its own name. Raises as `request`."""
+        return self.request("GET", f"{_revisions(namespace)}/{quote(name, safe='')}")
+
+    def _one(self, target: str, what: str) -> Object:
+        try:
+            return self.request("GET", target)
+        except NotFoundError:
+            raise NotFoundError(f"there is no {what}") from None
 
     def watch_reports(self, name: str) -> "Watch":
         """A task's reports as they are, and their changes from then on. Raises as `request`."""
@@ -258,6 +301,19 @@ class Cluster:
 
     def _authorize(self, headers: dict[str, str], target: str, method: str) -> None:
         self._api.update_params_for_auth(headers, [], ["BearerToken"], target, method, None)
+
+
+def _config(name: str, **query: str) -> str:
+    path = f"{GROUP}/agentconfigs/{quote(name, safe='')}"
+    return f"{path}?{urlencode(query)}" if query else path
+
+
+def _dry(dry_run: bool) -> dict[str, str]:
+    return {"dryRun": "All"} if dry_run else {}
+
+
+def _revisions(namespace: str) -> str:
+    return f"/apis/apps/v1/namespaces/{quote(namespace, safe='')}/controllerrevisions"
 
 
 class Watch:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn, Protocol, cast
 
 from outrider_cli import terminal
+from outrider_cli.commands.flags import add_common
+from outrider_cli.core.config_words import arranged
 from outrider_cli.errors import CommandError, Exit, UsageError
 
 DESCRIPTION: Final = "Run tasks on the nodes of a cluster, and read what came of them."
@@ -15,8 +17,6 @@ EXIT_CODES: Final = (
     "exit codes: 0 done, and all nodes succeeded; 1 some did not; 2 wrong flags; 3 the cluster "
     "refused or does not answer; 4 not all there in time; 130 left by Ctrl-C"
 )
-#: Time for a request unless --request-timeout says otherwise, seconds.
-REQUEST_SECONDS: Final = 10
 
 
 class Command(Protocol):
@@ -68,6 +68,8 @@ def _main(words: list[str]) -> int:
     if "--" in words:
         at = words.index("--")
         own, after = words[:at], words[at + 1 :]
+    if "config" in own:
+        own = arranged(own)
     arguments = _parser(own).parse_args(own)
     if after and arguments.command != "run":
         raise UsageError(f"{arguments.command} takes nothing after --")
@@ -94,6 +96,7 @@ HELP: Final = {
     "output": "all that a task printed on one node",
     "records": "what agents gather: shown as it comes (tail), or written to a file (export)",
     "cancel": "end a task on all nodes",
+    "config": "what a node is to run and why, and how changes of AgentConfigs go",
     "agents": "which agents there are, and why others are away",
     "ping": "how long the way to each node and back takes",
 }
@@ -103,29 +106,14 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The flags of all, and of those commands that are named."""
     parser = _Parser(prog="kubectl outrider", description=DESCRIPTION, epilog=EXIT_CODES)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    _add_common(parser, top=True)
+    add_common(parser, top=True)
     each = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in HELP.items():
         child = each.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
-        _add_common(child, top=False)
+        add_common(child)
         if name in words:
             _command(name).add(child)
     return parser
-
-
-def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
-    """The flags that kubectl has, before and after the command's name."""
-
-    def default(value: Any) -> Any:
-        return value if top else argparse.SUPPRESS
-
-    group = parser.add_argument_group("as in kubectl")
-    group.add_argument("--kubeconfig", default=default(""), metavar="FILE")
-    group.add_argument("--context", default=default(""), metavar="NAME")
-    group.add_argument("-n", "--namespace", default=default(""), metavar="NS")
-    group.add_argument(
-        "--request-timeout", type=float, default=default(REQUEST_SECONDS), metavar="SECONDS"
-    )
 
 
 if __name__ == "__main__":

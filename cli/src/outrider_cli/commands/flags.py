@@ -1,10 +1,33 @@
 """Flags that several commands share."""
 
 import argparse
-from typing import Any
+from typing import Any, Final
 
 from outrider_cli.core import request, selector
 from outrider_cli.errors import UsageError
+
+#: Time for a request unless --request-timeout says otherwise, seconds.
+REQUEST_SECONDS: Final = 10
+
+
+def add_common(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
+    """The flags that kubectl has, before and after the command's name.
+
+    Args:
+        parser: gets them.
+        top: it comes first, and has their defaults.
+    """
+
+    def default(value: Any) -> Any:
+        return value if top else argparse.SUPPRESS
+
+    group = parser.add_argument_group("as in kubectl")
+    group.add_argument("--kubeconfig", default=default(""), metavar="FILE")
+    group.add_argument("--context", default=default(""), metavar="NAME")
+    group.add_argument("-n", "--namespace", default=default(""), metavar="NS")
+    group.add_argument(
+        "--request-timeout", type=float, default=default(REQUEST_SECONDS), metavar="SECONDS"
+    )
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from outrider_proto.lines import Line, Wanted
 
 from outrider_cli import terminal
 from outrider_cli.commands import record_files
+from outrider_cli.commands.flags import add_common
 from outrider_cli.commands.record_sources import Servers, from_folders
 from outrider_cli.core import request
 from outrider_cli.core.records import data_types, for_people, for_programs
@@ -42,10 +43,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="FILE", help="made anew; - is stdout, for jsonl"
     )
     for child, since in ((tail, "only what comes, or all with --no-follow"), (export, "all")):
-        _add_common(child, since)
+        _add_shared(child, since)
+        add_common(child)
 
 
-def _add_common(parser: argparse.ArgumentParser, since: str) -> None:
+def _add_shared(parser: argparse.ArgumentParser, since: str) -> None:
     parser.add_argument(
         "--node", action="append", default=[], metavar="NAME", help="repeatable, or with commas"
     )
