@@ -462,6 +462,7 @@ def test_a_config_is_taken_and_only_what_is_not_merged_is_filled_in(
         "rollout": {
             "maxUnavailable": "10%",
             "canary": {"nodes": 1, "soakSeconds": 60},
+            "progressDeadlineSeconds": 120,
             "onFailure": "Rollback",
         },
     }
@@ -481,8 +482,8 @@ def test_a_config_is_taken_and_only_what_is_not_merged_is_filled_in(
             "must be 64 hex digits",
         ),
         ({"plugins": [{**PLUGIN, "env": {"A-B": ""}}]}, "letters, digits and underscores"),
-        ({"plugins": [{**PLUGIN, "resources": {"cpu": "much"}}]}, "must be a quantity above 0"),
-        ({"plugins": [{**PLUGIN, "resources": {"memory": "0"}}]}, "must be a quantity above 0"),
+        ({"plugins": [{**PLUGIN, "resources": {"cpu": "much"}}]}, "must be a quantity from 1m"),
+        ({"plugins": [{**PLUGIN, "resources": {"memory": "0"}}]}, "must be a quantity from 1Mi"),
         (
             {"listeners": {"framedTcp": {"address": "127.0.0.1:70000"}}},
             "must be an IP address and a port from 1 to 65535",

@@ -4,9 +4,10 @@ Pure and total: what was accepted by `read` always merges, in whatever order it 
 and the command line share it. Knows neither nodes' objects nor how a change reaches an agent.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -32,6 +33,14 @@ _UNITS: Final = {
     **{unit: Decimal(1000) ** n for n, unit in enumerate(("k", "M", "G", "T", "P", "E"), 1)},
     **{unit + "i": Decimal(1024) ** n for n, unit in enumerate("KMGTPE", 1)},
 }
+
+
+_QUANTITY: Final = re.compile(
+    r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d{1,4})|([numkMGTPE]|[KMGTPE]i)?)", re.ASCII
+)
+#: Fields that are quantities in a spec: name and scale of the number in a configuration.
+_RESOURCES: Final = {"cpu": ("cpuMillis", 1000), "memory": ("memoryBytes", 1)}
+_AGENT: Final = {**_RESOURCES, "maxBytesPerSecond": ("maxBytesPerSecond", 1)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,9 @@ def read(name: str, spec: Mapping[str, Any]) -> Asked:
     """
     part = {key: spec[key] for key in (*FIELDS, *NAMED) if spec.get(key)}
     if "plugins" in part:
-        part["plugins"] = [_with_numbers(plugin) for plugin in part["plugins"]]
+        part["plugins"] = [_plugin(plugin) for plugin in part["plugins"]]
+    if "agent" in part:
+        part["agent"] = _with_numbers(part["agent"], _AGENT, "spec.agent")
     try:
         asked = msgspec.convert(part, Effective)
     except msgspec.ValidationError as error:
@@ -168,37 +179,43 @@ def _flat(path: Path, content: Mapping[str, Any]) -> dict[Path, Any]:
     return values
 
 
-def _with_numbers(plugin: Mapping[str, Any]) -> dict[str, Any]:
-    """A plug-in whose quantities, such as 100m and 64Mi, are numbers."""
+def _plugin(plugin: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(plugin)
     resources = made.pop("resources", None) or {}
-    numbers = {}
-    for key, name, scale in (("cpu", "cpuMillis", 1000), ("memory", "memoryBytes", 1)):
-        if key in resources:
-            where = f"spec.plugins[{plugin.get('name')!r}].resources.{key}"
-            numbers[name] = int(quantity(resources[key], where) * scale)
-    unknown = sorted(set(resources) - {"cpu", "memory"})
+    where = f"spec.plugins[{plugin.get('name')!r}].resources"
+    unknown = sorted(set(resources) - set(_RESOURCES))
     if unknown:
-        raise EffectiveError(f"spec.plugins: resources has no field {unknown[0]!r}")
-    if numbers:
-        made["resources"] = numbers
+        raise EffectiveError(f"{where} has no field {unknown[0]!r}")
+    if resources:
+        made["resources"] = _with_numbers(resources, _RESOURCES, where)
     return made
 
 
-def quantity(text: object, where: str) -> Decimal:
+def _with_numbers(
+    content: Mapping[str, Any], fields: Mapping[str, tuple[str, int]], where: str
+) -> dict[str, Any]:
+    """An object whose quantities, such as 100m and 64Mi, are numbers."""
+    made = dict(content)
+    for name, _ in fields.values():
+        if name in made and name not in fields:
+            raise EffectiveError(f"{where} has no field {name!r}")
+    for key, (name, scale) in fields.items():
+        if key in content:
+            made.pop(key)
+            made[name] = int(quantity(content[key], f"{where}.{key}") * scale)
+    return made
+
+
+def quantity(value: object, where: str) -> Decimal:
     """The number of a Kubernetes quantity, such as 100m or 64Mi.
 
     Raises:
         EffectiveError: It is none.
     """
-    words = str(text)
-    number = words.rstrip("numkKMGTPEi")
-    unit = words[len(number) :]
-    if len(words) <= 32 and unit in _UNITS:
-        try:
-            value = Decimal(number) * _UNITS[unit]
-        except InvalidOperation:
-            value = Decimal("NaN")
-        if value.is_finite() and abs(value) < Decimal(2**63):
-            return value
+    words = str(value)
+    found = _QUANTITY.fullmatch(words) if len(words) <= 32 else None
+    if found is not None and isinstance(value, int | str):
+        number = Decimal(found[1] + (found[2] or "")) * _UNITS[found[3] or ""]
+        if abs(number) < Decimal(2**63):
+            return number
     raise EffectiveError(f"{where}: {words[:40]!r} is no quantity, such as 100m or 64Mi")

@@ -132,6 +132,12 @@ def test_quantities_become_numbers() -> None:
     assert only.resources == eff.Resources(cpu_millis=100, memory_bytes=64 * 2**20)
 
 
+def test_quantities_of_the_agent_become_numbers() -> None:
+    asked = {"cpu": "200m", "memory": "128Mi", "maxBytesPerSecond": "1Mi"}
+    made = merge([read("a", {"agent": asked})]).effective.agent
+    assert made == eff.Agent(cpu_millis=200, memory_bytes=128 * 2**20, max_bytes_per_second=2**20)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -149,9 +155,10 @@ def test_quantity(text: object, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "m", "1x", "1e", "--1", "1e999999", "9" * 33, "NaN", "Infinity"]
+    "text",
+    ["", "m", "1x", "1e", "--1", "1e999999", "9" * 33, "NaN", "Infinity", " 1", "1_0", "1e3m", 0.5],
 )
-def test_what_is_no_quantity(text: str) -> None:
+def test_what_is_no_quantity(text: object) -> None:
     with pytest.raises(eff.EffectiveError, match="is no quantity"):
         quantity(text, "x")
 
@@ -164,6 +171,9 @@ def test_what_is_no_quantity(text: str) -> None:
         ({"plugins": [plugin("a", resources={"cpu": "x"})]}, "resources.cpu"),
         ({"plugins": [plugin("a", resources={"gpu": "1"})]}, "gpu"),
         ({"plugins": [plugin("a", resources={"memory": "1"})]}, "memoryBytes"),
+        ({"agent": {"cpu": "9m"}}, "cpuMillis"),
+        ({"agent": {"cpuMillis": 100}}, "no field 'cpuMillis'"),
+        ({"agent": {"memory": "x"}}, "spec.agent.memory"),
         ({"collectors": {"host": {"intervalSeconds": 0}}}, "intervalSeconds"),
         ({"collectors": {"nobody": {}}}, "nobody"),
     ],
