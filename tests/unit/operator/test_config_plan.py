@@ -1,5 +1,7 @@
 """What every agent is to run, against the plainest way to find it out."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_operator.core.config_plan import (
@@ -13,11 +15,13 @@ from outrider_operator.core.config_plan import (
     Revision,
     conflicts,
     count,
+    count_settled,
     picture,
     stand,
     views,
 )
 from outrider_operator.core.config_rollout import (
+    IN_TRIAL,
     NodeView,
     Plan,
     Rollout,
@@ -32,6 +36,7 @@ from outrider_proto.effective import pack
 from outrider_proto.merging import merge, read
 
 ALL = LabelSelector()
+ZONE_A = LabelSelector(match_labels={"zone": "a"})
 SOURCE = {"urls": ["https://example.org/x"], "sha256": "0" * 64}
 
 
@@ -171,9 +176,9 @@ def test_counts() -> None:
     config = made("a", Rollout(settled="1"), "1", revision("a", 1))
     stood = [Standing.WELL, Standing.WELL, Standing.FAILED, Standing.APPLYING, Standing.ABSENT]
     found = [NodeView(str(n), str(n), 0, standing, 0) for n, standing in enumerate(stood)]
-    assert count(config, found) == Counts(targeted=5, updated=5, applied=2, failed=1, pending=2)
+    assert count(config, found) == Counts(5, updated=5, applied=2, failed=1, pending=2, absent=1)
     waiting = made("a", Rollout(RolloutPhase.CANARY, "0", "1", "", "1", started=1), "1")
-    assert count(waiting, found) == Counts(targeted=5, updated=2, applied=2, failed=0, pending=3)
+    assert count(waiting, found) == Counts(5, updated=2, applied=2, failed=0, pending=3, absent=1)
 
 
 def test_conflicts_are_told_to_all_that_take_part() -> None:
@@ -184,3 +189,60 @@ def test_conflicts_are_told_to_all_that_take_part() -> None:
     assert set(found) == {"a", "b"}
     (conflict,) = found["b"].values()
     assert (conflict.heard, conflict.unheard) == ("a", ("b",))
+
+
+@given(st.tuples(configs("a"), configs("b")), nodes, st.data())
+def test_counting_all_at_once_is_counting_each(
+    found: tuple[Config, Config], fleet: dict[str, NodeState], data: st.DataObject
+) -> None:
+    every = {config.name: config for config in found}
+    now = picture(every, fleet, Merger())
+    whole = {
+        name: replace(
+            node,
+            connected=data.draw(st.sampled_from([None, 5.0])),
+            report=data.draw(reports(now.desired[name])),
+        )
+        for name, node in fleet.items()
+    }
+    settled = [c for c in found if c.rollout.phase not in IN_TRIAL]
+    counts = count_settled(settled, whole, now)
+    assert counts == {c.name: count(c, views(c, whole, now)) for c in settled}
+
+
+@st.composite
+def reports(draw: st.DrawFn, wanted: Desired) -> Report | None:
+    plugin = PluginView(draw(st.booleans()), draw(st.booleans()))
+    applied = draw(st.booleans())
+    own = draw(st.sampled_from(["", wanted.packed.hash, "x"]))
+    some = Report(own, own, applied, not applied, plugins={"p": plugin})
+    return draw(st.sampled_from([None, some]))
+
+
+def test_what_was_refused_before_it_was_asked_again_does_not_count() -> None:
+    asked = wanted(revision("a", 1))
+    report = Report(tried=asked.packed.hash, refused=True, at=10.0)
+    before = NodeState({}, connected=1.0, told=5.0, report=report)
+    assert stand(before, asked, frozenset(), 0.0)[0] is Standing.FAILED
+    again = replace(before, told=20.0)
+    assert stand(again, asked, frozenset(), 0.0) == (Standing.APPLYING, 20.0, "")
+
+
+def test_what_is_lost_leaves_its_nodes_alone_and_says_so() -> None:
+    gone = Revision("1", read("a", {}), ALL, lost="revision 1 of a is gone")
+    config = made("a", Rollout(settled="1"), "1", gone)
+    fleet = {"n": NodeState({}, connected=5.0)}
+    now = picture({"a": config}, fleet, Merger())
+    assert now.desired["n"].problem == "revision 1 of a is gone"
+    (view,) = views(config, fleet, now)
+    assert (view.standing, view.reason) == (Standing.FAILED, "revision 1 of a is gone")
+
+
+def test_sorting_the_nodes_again_sees_what_has_changed() -> None:
+    merger = Merger()
+    config = made("a", Rollout(settled="1"), "1", revision("a", 1, ZONE_A))
+    fleet = {"n": NodeState({"zone": "a"})}
+    assert picture({"a": config}, fleet, merger).selected == {"a": ["n"]}
+    assert picture({"a": config}, {"n": NodeState({})}, merger).selected == {"a": []}
+    everybody = made("a", Rollout(settled="2"), "2", revision("a", 2))
+    assert picture({"a": everybody}, {"n": NodeState({})}, merger).selected == {"a": ["n"]}

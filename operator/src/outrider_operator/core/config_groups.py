@@ -5,9 +5,13 @@ merged once for each set need not be merged for each node. Sets of nodes are bit
 that a selector takes a few operations, whatever the number of nodes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import Final
 
 from outrider_operator.core.model import LabelSelector, Requirement
+
+_FLAGS: Final = bytes.maketrans(b"01", b"\x00\x01")
 
 
 class _Index:
@@ -64,26 +68,22 @@ def group(
     Returns:
         Names of nodes, sorted, by names of AgentConfigs, sorted. Every node is in one group.
     """
-    names = sorted(nodes)
+    names, configs = sorted(nodes), sorted(selectors)
+    if not (names and configs):
+        return {(): names} if names else {}
     keys = {key for selector in selectors.values() for key in _keys(selector)}
     index = _Index([nodes[name] for name in names], keys)
-    groups: list[tuple[tuple[str, ...], int]] = [((), index.everybody)] if names else []
-    for config in sorted(selectors):
-        chosen = index.select(selectors[config])
-        parts = []
-        for configs, members in groups:
-            parts.append(((*configs, config), members & chosen))
-            parts.append((configs, members & ~chosen))
-        groups = [part for part in parts if part[1]]
-    return {configs: [names[bit] for bit in _bits(members)] for configs, members in groups}
+    columns = [_flags(index.select(selectors[config]), len(names)) for config in configs]
+    rows: dict[tuple[int, ...], list[str]] = {}
+    for name, row in zip(names, zip(*columns, strict=True), strict=True):
+        rows.setdefault(row, []).append(name)
+    return {tuple(compress(configs, row)): members for row, members in rows.items()}
 
 
 def _keys(selector: LabelSelector) -> list[str]:
     return [*selector.match_labels, *(r.key for r in selector.match_expressions)]
 
 
-def _bits(number: int) -> Iterator[int]:
-    while number:
-        low = number & -number
-        yield low.bit_length() - 1
-        number ^= low
+def _flags(chosen: int, count: int) -> bytes:
+    """The lowest bits of a number as bytes 0 and 1, the lowest first."""
+    return f"{chosen:0{count}b}"[::-1].encode().translate(_FLAGS)

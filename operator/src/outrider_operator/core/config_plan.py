@@ -6,7 +6,7 @@ decided in config_rollout.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,11 +34,16 @@ Part = tuple[str, str]
 
 @dataclass(frozen=True)
 class Revision:
-    """What an AgentConfig asks, or asked, for, and of which nodes."""
+    """What an AgentConfig asks, or asked, for, and of which nodes.
+
+    Attributes:
+        lost: why nobody knows what it asked for; its nodes are left as they are. Empty: it is.
+    """
 
     name: str
     asked: Asked
     selector: LabelSelector
+    lost: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Report:
         tried: of what it tried last.
         applied: what it tried is in force.
         refused: what it tried is not, and why is in `message`.
-        at: since when it says so, seconds since the Unix epoch.
+        at: since when it stands so, seconds since the Unix epoch.
     """
 
     hash: str = ""
@@ -97,6 +102,7 @@ class NodeState:
         created: when its Node was made, seconds since the Unix epoch.
         connected: since when its agent is connected, the same; None: it is not.
         left: since when it is gone, the same; None: not known, or it is there.
+        told: since when it is to have what it is to have, as far as that is known, the same.
         report: what it said in its newest stream; None: nothing yet.
     """
 
@@ -104,6 +110,7 @@ class NodeState:
     created: float = 0.0
     connected: float | None = None
     left: float | None = None
+    told: float = 0.0
     report: Report | None = None
 
 
@@ -125,26 +132,42 @@ class Desired:
 
 @dataclass
 class Counts:
-    """Numbers of nodes of one AgentConfig, as its status gives them."""
+    """Numbers of nodes of one AgentConfig, as its status gives them.
+
+    Those in `absent`, whose agents are not connected, are pending as well.
+    """
 
     targeted: int = 0
     updated: int = 0
     applied: int = 0
     failed: int = 0
     pending: int = 0
+    absent: int = 0
 
 
 class Merger:
-    """Merges each set of revisions once."""
+    """Merges each set of revisions once, and sorts the nodes only when something has changed."""
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Part, ...], Desired] = OrderedDict()
+        self._labels: Mapping[str, Mapping[str, str]] = {}
+        self._selectors: Mapping[str, LabelSelector] = {}
+        self._groups: dict[tuple[str, ...], list[str]] = {}
+
+    def groups(
+        self, labels: Mapping[str, Mapping[str, str]], selectors: Mapping[str, LabelSelector]
+    ) -> Mapping[tuple[str, ...], list[str]]:
+        """As `config_groups.group`; what comes in must not be changed later."""
+        if labels != self._labels or selectors != self._selectors:
+            self._groups = group(labels, selectors)
+            self._labels, self._selectors = labels, selectors
+        return self._groups
 
     def desired(self, parts: tuple[Part, ...], configs: Mapping[str, Config]) -> Desired:
         """What comes of these revisions. `parts`: sorted."""
         made = self._made.get(parts)
         if made is None:
-            made = _merge(parts, (configs[c].revisions[r].asked for c, r in parts))
+            made = _merge(parts, [configs[c].revisions[r] for c, r in parts])
             self._made[parts] = made
             if len(self._made) > CACHED:
                 self._made.popitem(last=False)
@@ -153,13 +176,16 @@ class Merger:
         return made
 
 
-def _merge(parts: tuple[Part, ...], asked: Iterable[Asked]) -> Desired:
-    merged = merge(asked)
-    try:
-        return Desired(pack(merged.effective), parts, merged)
-    except EffectiveError as error:
-        nothing = merge(())
-        return Desired(pack(nothing.effective), parts, nothing, str(error))
+def _merge(parts: tuple[Part, ...], revisions: Collection[Revision]) -> Desired:
+    problem = next((revision.lost for revision in revisions if revision.lost), "")
+    if not problem:
+        merged = merge(revision.asked for revision in revisions)
+        try:
+            return Desired(pack(merged.effective), parts, merged)
+        except EffectiveError as error:
+            problem = str(error)
+    nothing = merge(())
+    return Desired(pack(nothing.effective), parts, nothing, problem)
 
 
 @dataclass
@@ -169,10 +195,12 @@ class Picture:
     Attributes:
         desired: by node.
         selected: the nodes that each AgentConfig is for, by the old revision or the new one.
+        groups: nodes that the same AgentConfigs are for, together.
     """
 
     desired: dict[str, Desired] = field(default_factory=dict)
     selected: dict[str, list[str]] = field(default_factory=dict)
+    groups: list[tuple[frozenset[str], list[str]]] = field(default_factory=list)
 
 
 def picture(
@@ -192,9 +220,11 @@ def picture(
         for revision in _revisions(config)
     }
     labels = {name: node.labels for name, node in nodes.items()}
-    for keys, members in group(labels, selectors).items():
+    for keys, members in merger.groups(labels, selectors).items():
         parts = [_part(key) for key in keys]
-        for name in {config for config, _ in parts}:
+        concerned = frozenset(config for config, _ in parts)
+        made.groups.append((concerned, members))
+        for name in concerned:
             made.selected[name] += members
         if all(configs[config].rollout.phase not in IN_TRIAL for config, _ in parts):
             own = tuple(p for p in parts if p[1] == configs[p[0]].rollout.settled)
@@ -260,11 +290,11 @@ def stand(
         return Standing.FAILED, node.connected, wanted.problem
     report = node.report
     if report is None:
-        return Standing.APPLYING, node.connected, ""
-    if report.refused and report.tried == wanted.packed.hash:
+        return Standing.APPLYING, max(node.connected, node.told), ""
+    if refused(node, wanted):
         return Standing.FAILED, report.at, report.message
     if not has(report, wanted):
-        return Standing.APPLYING, max(report.at, node.connected), ""
+        return Standing.APPLYING, max(report.at, node.connected, node.told), ""
     ill = [(n, p) for n, p in report.plugins.items() if n in plugins and not p.healthy]
     for name, plugin in ill:
         if plugin.failed:
@@ -273,6 +303,17 @@ def stand(
         name, plugin = ill[0]
         return Standing.UNHEALTHY, report.at, f"plug-in {name}: {plugin.reason or 'not well yet'}"
     return Standing.WELL, report.at, ""
+
+
+def refused(node: NodeState, wanted: Desired) -> bool:
+    """Whether an agent has refused what it is to have, and was not asked to try again since."""
+    report = node.report
+    return (
+        report is not None
+        and report.refused
+        and report.tried == wanted.packed.hash
+        and report.at >= node.told
+    )
 
 
 def has(report: Report, wanted: Desired) -> bool:
@@ -292,7 +333,7 @@ def _plugin_names(config: Config) -> frozenset[str]:
 
 
 def count(config: Config, found: Iterable[NodeView]) -> Counts:
-    """The numbers for an AgentConfig's status."""
+    """The numbers of an AgentConfig with a change on its way."""
     counts = Counts()
     standings: Counter[tuple[bool, Standing]] = Counter(
         (
@@ -302,18 +343,56 @@ def count(config: Config, found: Iterable[NodeView]) -> Counts:
         for view in found
     )
     for (newest, standing), number in standings.items():
-        counts.targeted += number
-        if not newest:
-            counts.pending += number
-            continue
-        counts.updated += number
-        if standing is Standing.WELL:
-            counts.applied += number
-        elif standing is Standing.FAILED:
-            counts.failed += number
-        else:
-            counts.pending += number
+        _add(counts, newest, standing, number)
     return counts
+
+
+def count_settled(
+    configs: Iterable[Config], nodes: Mapping[str, NodeState], now: Picture
+) -> dict[str, Counts]:
+    """The numbers of AgentConfigs without a change on its way, by name.
+
+    There may be hundreds, and all for all nodes: each node is looked at once, not once for each.
+    """
+    wanted = {config.name: config for config in configs}
+    plugins = {name: _plugin_names(config) for name, config in wanted.items()}
+    found = {name: Counts() for name in wanted}
+    none: frozenset[str] = frozenset()
+    for concerned, members in now.groups:
+        own = [name for name in concerned if name in wanted]
+        standings: Counter[Standing] = Counter()
+        ill: list[str] = []
+        for member in members:
+            node = nodes[member]
+            standing = stand(node, now.desired[member], none, 0.0)[0]
+            if standing is Standing.WELL and _ill(node):
+                ill.append(member)
+            else:
+                standings[standing] += 1
+        for name in own:
+            newest = wanted[name].rollout.settled == wanted[name].target
+            for standing, number in standings.items():
+                _add(found[name], newest, standing, number)
+            for member in ill:
+                standing = stand(nodes[member], now.desired[member], plugins[name], 0.0)[0]
+                _add(found[name], newest, standing, 1)
+    return found
+
+
+def _ill(node: NodeState) -> bool:
+    return node.report is not None and any(not p.healthy for p in node.report.plugins.values())
+
+
+def _add(counts: Counts, newest: bool, standing: Standing, number: int) -> None:
+    counts.targeted += number
+    counts.updated += number if newest else 0
+    if newest and standing is Standing.WELL:
+        counts.applied += number
+    elif newest and standing is Standing.FAILED:
+        counts.failed += number
+    else:
+        counts.pending += number
+        counts.absent += number if standing in (Standing.ABSENT, Standing.LEFT) else 0
 
 
 def conflicts(now: Picture) -> dict[str, dict[Path, Conflict]]:
