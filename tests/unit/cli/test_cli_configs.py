@@ -33,9 +33,9 @@ def body(target: str, settled: str, phase: str, *history: tuple[str, str], **mor
             "observedGeneration": more.pop("observed", 2),
             "revision": target,
             "settledRevision": settled,
-            "counts": {"targeted": 3, "applied": 2, "pending": 1},
+            "counts": {"targeted": 4, "applied": 2, "pending": 2, "absent": 1},
             "history": [{"revision": r, "result": result} for r, result in history],
-            "rollout": {"phase": phase, **more},
+            "rollout": {"phase": phase, "settled": settled, **more},
         },
     }
 
@@ -121,7 +121,7 @@ def test_revisions_of_an_earlier_object_of_the_name_do_not_count() -> None:
     ],
 )
 def test_states_tell_what_counts_now(phase, expected) -> None:
-    whole = body("a2", "a1", phase, ("a2", ""), ("a1", "Applied"), trial="a2")
+    whole = body("a2", "a1", phase, ("a2", ""), ("a1", "Applied"), revision="a2")
     config, found = known(whole, "a1", "a2")
     assert [state_of(r, config) for r in found] == expected
 
@@ -142,7 +142,7 @@ def test_the_first_digits_are_enough() -> None:
 def test_a_change_on_its_way_goes_back_to_the_settled_revision() -> None:
     for phase in ("Canary", "Rolling", "Paused", "RolledBack"):
         history = [("a3", ""), ("a2", "Applied"), ("a1", "Applied")]
-        config, found = known(body("a3", "a2", phase, *history, trial="a3"), "a1", "a2", "a3")
+        config, found = known(body("a3", "a2", phase, *history, revision="a3"), "a1", "a2", "a3")
         goal = earlier(config, found)
         assert goal is not None
         assert goal.name == "a2"
@@ -180,17 +180,17 @@ def test_a_spec_that_no_server_has_seen_goes_back_too() -> None:
         (body("a2", "a1", "Settled", observed=1), Outcome.GOING, "no server has looked"),
         (body("a2", "a1", "Settled"), Outcome.GOING, "has not begun"),
         (
-            body("a2", "a1", "Soaking", trial="a2", message="1 node runs it"),
+            body("a2", "a1", "Soaking", revision="a2", message="1 node runs it"),
             Outcome.GOING,
             'Waiting for rollout of "web" revision a2 to finish: Soaking: 1 node runs it '
-            "(2 of 3 nodes run it, 1 pending)",
+            "(2 of 4 nodes run it, 1 pending, 1 not connected)",
         ),
-        (body("a2", "a1", "RollingBack", trial="a2"), Outcome.GOING, "RollingBack"),
+        (body("a2", "a1", "RollingBack", revision="a2"), Outcome.GOING, "RollingBack"),
         (
             body("a2", "a2", "Settled"),
             Outcome.DONE,
             'agentconfig "web" successfully rolled out: revision a2 '
-            "(2 of 3 nodes run it, 1 pending)",
+            "(2 of 4 nodes run it, 1 pending, 1 not connected)",
         ),
         (
             body("a2", "a2", "Settled", reason="NodesFailed", message="1 nodes could not take it"),
@@ -198,11 +198,11 @@ def test_a_spec_that_no_server_has_seen_goes_back_too() -> None:
             "rolled out, but: 1 nodes could not take it",
         ),
         (
-            body("a2", "a1", "RolledBack", trial="a2", message="2 nodes failed with it: n1, n2"),
+            body("a2", "a1", "RolledBack", revision="a2", message="2 nodes failed with it: n1, n2"),
             Outcome.FAILED,
             'agentconfig "web" was rolled back: 2 nodes failed with it: n1, n2',
         ),
-        (body("a2", "a1", "Paused", trial="a2"), Outcome.FAILED, "is paused"),
+        (body("a2", "a1", "Paused", revision="a2"), Outcome.FAILED, "is paused"),
     ],
 )
 def test_progress_ends_when_the_rollout_does(whole, outcome, text) -> None:
@@ -238,7 +238,7 @@ def test_nodes_that_are_waited_for_are_named_with_the_reason() -> None:
         agent("n6", {"phase": "Applying", "revisions": [{"name": "web", "revision": "a1"}]}),
         *(agent(f"x{n}", {"phase": "Applying", "revisions": parts}) for n in range(4)),
     ]
-    config = config_of(body("a2", "a1", "Rolling", trial="a2"))
+    config = config_of(body("a2", "a1", "Rolling", revision="a2"))
     assert config_progress.waits(config, agents, NOW) == [
         "5 nodes: Applying: n2, x0, x1 and 2 more",
         "1 node: Failed: bad field: n3",

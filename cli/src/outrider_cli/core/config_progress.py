@@ -80,7 +80,13 @@ def _counts(config: Config) -> str:
         return ""
     total = int(counts.get("targeted", 0))
     parts = [f"{counts.get('applied', 0):,} of {plural(total, 'node')} run it"]
-    parts += [f"{counts[key]:,} {key}" for key in ("failed", "pending") if counts.get(key)]
+    absent = int(counts.get("absent", 0))
+    others = {
+        "failed": int(counts.get("failed", 0)),
+        "pending": int(counts.get("pending", 0)) - absent,
+        "not connected": absent,
+    }
+    parts += [f"{number:,} {what}" for what, number in others.items() if number > 0]
     return f" ({', '.join(parts)})"
 
 

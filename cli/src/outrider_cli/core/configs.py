@@ -69,7 +69,7 @@ def config_of(body: Mapping[str, Any]) -> Config:
         seen=int(status.get("observedGeneration", 0)) >= int(metadata.get("generation", 1)),
         target=str(status.get("revision", "")),
         settled=str(status.get("settledRevision", "")),
-        trial=str(rollout.get("trial", "")),
+        trial=str(rollout.get("revision", "")),
         phase=str(rollout.get("phase", "")),
         reason=str(rollout.get("reason", "")),
         message=str(rollout.get("message", "")),
