@@ -671,7 +671,8 @@ AGGREGATE = "rbac.authorization.k8s.io/aggregate-to-"
 
 
 def test_roles_for_people_are_bound_to_nobody_and_join_others_only_if_asked(helm: Helm) -> None:
-    own = {"fleet-task-editor", "fleet-task-viewer", "fleet-output-reader"}
+    names = ("task-editor", "task-viewer", "config-editor", "config-viewer")
+    own = {f"fleet-{name}" for name in (*names, "config-revisions", "output-reader")}
 
     def roles(values: list[str]) -> dict[str, dict[str, str]]:
         objects = helm.template(["fullnameOverride=fleet", *values])
@@ -688,7 +689,12 @@ def test_roles_for_people_are_bound_to_nobody_and_join_others_only_if_asked(helm
     assert joined["fleet-task-editor"][f"{AGGREGATE}edit"] == "true"
     assert f"{AGGREGATE}view" not in joined["fleet-task-editor"]
     assert joined["fleet-task-viewer"][f"{AGGREGATE}view"] == "true"
-    assert not [key for key in joined["fleet-output-reader"] if key.startswith(AGGREGATE)]
+    assert joined["fleet-config-viewer"][f"{AGGREGATE}view"] == "true"
+    assert joined["fleet-config-editor"][f"{AGGREGATE}admin"] == "true"
+    # Who may edit in some namespace is not to run plug-ins on all nodes.
+    assert f"{AGGREGATE}edit" not in joined["fleet-config-editor"]
+    for name in ("fleet-output-reader", "fleet-config-revisions"):
+        assert not [key for key in joined[name] if key.startswith(AGGREGATE)]
     assert roles(["userRoles.create=false"]) == {}
 
 
