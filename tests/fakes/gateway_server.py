@@ -14,7 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from fakes.certificates import SERVER_NAME, Authority
-from outrider_proto import batches
+from outrider_proto import batches, effective
+from outrider_proto.effective import Effective
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_proto.v1.agent_pb2_grpc import (
     AgentServiceServicer,
@@ -34,6 +35,7 @@ class FakeStream:
     complete_reports: list[pb.RunReport] = field(default_factory=list)
     reports: list[pb.RunReport] = field(default_factory=list)
     batches: list[pb.RecordBatch] = field(default_factory=list)
+    config_reports: list[pb.ConfigReport] = field(default_factory=list)
     messages: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     half_closed: bool = False
@@ -42,6 +44,12 @@ class FakeStream:
 
     def send(self, command: pb.Command) -> None:
         self.outgoing.put_nowait(command)
+
+    def configure(self, wanted: Effective) -> str:
+        """Ask for a configuration; its hash."""
+        packed = effective.pack(wanted)
+        self.send(pb.Command(config=packed))
+        return packed.hash
 
     def close(self) -> None:
         """End the stream without an error."""
@@ -107,6 +115,25 @@ class FakeGateway(AgentServiceServicer):
             lambda: key in self.states and self.states[key].phase >= pb.RUN_PHASE_SUCCEEDED, seconds
         )
         return self.states[key]
+
+    async def configured(
+        self,
+        stream: FakeStream,
+        tried: str,
+        phase: pb.ConfigPhase.ValueType = pb.CONFIG_PHASE_APPLIED,
+        seconds: float = 20.0,
+    ) -> pb.ConfigReport:
+        """The newest report of a stream, once it says this of that configuration."""
+        found = stream.config_reports
+
+        def told() -> bool:
+            return bool(found) and (found[-1].tried_hash, found[-1].phase) == (tried, phase)
+
+        try:
+            await self.until(told, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {found[-3:]}") from None
+        return found[-1]
 
     def records(self, data_type: int | None = None) -> list[pb.EncodedRecord]:
         """All records that came, each batch once, in the order of their numbers."""
@@ -175,6 +202,9 @@ class FakeGateway(AgentServiceServicer):
                 self.history.append((*key, state.phase))
                 if self.ack_runs and state.phase >= pb.RUN_PHASE_SUCCEEDED:
                     stream.send(pb.Command(run_acks=[state.id]))
+        elif message.HasField("config_report"):
+            stream.kinds.append("config")
+            stream.config_reports.append(message.config_report)
         elif message.HasField("heartbeat"):
             stream.kinds.append("heartbeat")
             if self.answer_heartbeats:

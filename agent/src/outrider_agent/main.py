@@ -7,21 +7,16 @@ it ends the agent, whose cause is the last line of its log.
 import asyncio
 import contextlib
 import os
-import platform
-import secrets
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import structlog
-from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime import life, logs
 from outrider_runtime.health import Health
 from outrider_runtime.life import Stop
@@ -30,41 +25,28 @@ from outrider_runtime.ops import OpsServer
 from outrider_runtime.settings import SettingsError, load
 from prometheus_client import CollectorRegistry
 
-from outrider_agent.collectors import hostinfo
-from outrider_agent.collectors.facts import facts
 from outrider_agent.collectors.heartbeat import AgentStatus, Heartbeat
-from outrider_agent.collectors.hostinfo import HostPaths
+from outrider_agent.collectors.ownuse import OwnUse
 from outrider_agent.collectors.start import Collectors, paths_of
-from outrider_agent.core import accounts
-from outrider_agent.core.batching import BatchLimits
+from outrider_agent.configuring import Configuring
 from outrider_agent.core.effects import Welcomed
 from outrider_agent.core.leaving import stays_away
-from outrider_agent.core.policy import Policy
+from outrider_agent.made import PROGRAM, VERSION, builtins, identity, place, recorder_options
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import AgentSettings, check
-from outrider_agent.store.recorder import Recorder, RecorderOptions
+from outrider_agent.store.recorder import Recorder
 from outrider_agent.store.store import Store, StoreLimits, open_store
-from outrider_agent.tasks import lookup, processes
-from outrider_agent.tasks.execution import BuiltinFunction, Host
+from outrider_agent.tasks import processes
+from outrider_agent.tasks.execution import Host
 from outrider_agent.tasks.leaving import Exit, Leave, Marker
-from outrider_agent.tasks.placing import Place
 from outrider_agent.tasks.supervisor import RunLimits, Supervisor
-from outrider_agent.uplink.uplink import Identity, Uplink
-
-PROGRAM = "outrider-agent"
-VERSION = package_version(PROGRAM)
+from outrider_agent.uplink.uplink import Uplink
 
 #: Threads for programs: starting and ending them blocks, for moments.
 RUN_THREADS = 4
 #: At the end, for what is still to be sent and stored, seconds.
 SETTLE_SECONDS = 2.0
 FINISH_SECONDS = 5.0
-
-_CODECS: Mapping[str, pb.Codec.ValueType] = {
-    "zstd": pb.CODEC_ZSTD,
-    "lz4": pb.CODEC_LZ4,
-    "none": pb.CODEC_NONE,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,6 +158,8 @@ class _Agent:
     supervisor: Supervisor
     way_out: Exit
     started: float
+    host: Host
+    configuring: Configuring | None = None
 
     @classmethod
     def build(
@@ -190,20 +174,20 @@ class _Agent:
         """Make all parts; nothing runs yet."""
         started = time.time()
         paths = paths_of(settings)
-        recorder = Recorder(store, _recorder_options(settings), metrics)
+        recorder = Recorder(store, recorder_options(settings), metrics)
         uplink = Uplink(
             settings.server,
-            _identity(settings, started),
+            identity(settings, started),
             store,
             metrics,
             partial(health.set, "connected"),
         )
         store.on_append = uplink.batch_appended
-        uplink.on_welcome = partial(take_terms, recorder)
+        uplink.on_welcome = partial(_welcomed, recorder, uplink)
         health.live("store", store.check)
         host = Host(
-            place=_place(settings),
-            builtins=_builtins(settings, paths),
+            place=place(settings),
+            builtins=builtins(settings, paths, uplink),
             records=recorder,
             threads=threads,
         )
@@ -213,13 +197,27 @@ class _Agent:
         )
         notify = uplink.run_changed
         supervisor = Supervisor(store, host, run_limits, metrics, notify, way_out)
-        return cls(settings, store, metrics, health, recorder, uplink, supervisor, way_out, started)
+        return cls(
+            settings,
+            store,
+            metrics,
+            health,
+            recorder,
+            uplink,
+            supervisor,
+            way_out,
+            started,
+            host,
+        )
 
     async def run(self, stop: Stop, leave: Stop, registry: CollectorRegistry) -> None:
         """Own all parts until `stop` or `leave` is set; then stop them in order."""
         await self.supervisor.recover()
         # Only now: the journal has all that it told.
         await asyncio.to_thread(self.way_out.marker.remove)
+        collectors = self._collectors(registry)
+        assert self.configuring is not None
+        OwnUse(registry)
         async with asyncio.TaskGroup() as group:
 
             def start(name: str, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -231,7 +229,9 @@ class _Agent:
                 start("store", self.store.watch()),
                 start("loop lag", LoopLag(registry).watch()),
                 start("supervisor", self.supervisor.run()),
-                *(start(name, part) for name, part in self._collectors(registry)),
+                *(start(name, part) for name, part in collectors),
+                # Before the uplink: the last good one is in force without any server.
+                start("configuration", self.configuring.applier.run()),
             ]
             # After the supervisor's task, which takes what servers ask for.
             rest.append(start("uplink", self.uplink.run(self.supervisor)))
@@ -243,6 +243,8 @@ class _Agent:
     async def _end(self, recorder: asyncio.Task[None]) -> None:
         """Runs first, then their output and results, then the records that are left."""
         await self.supervisor.drain(self.settings.tasks.drain_seconds)
+        if self.configuring is not None:
+            await self.configuring.close()
         await self.recorder.finish()
         await asyncio.wait({recorder}, timeout=FINISH_SECONDS)
         if not recorder.done():
@@ -262,7 +264,13 @@ class _Agent:
             status=self._status,
             started=self.started,
         )
-        return Collectors(settings, heartbeat, self.recorder, self.metrics, registry).parts()
+        made = Collectors(settings, heartbeat, self.recorder, self.metrics, registry)
+        parts = made.parts()
+        self.configuring = Configuring.build(
+            settings, self.uplink, made, self.recorder, self.metrics
+        )
+        self.host.children.on_start = self.configuring.limits.release
+        return parts
 
     def _status(self) -> AgentStatus:
         well = all(condition.ok for condition in self.health.liveness())
@@ -279,73 +287,17 @@ async def _forward(stop: Stop, leave: Stop) -> None:
     leave.request(stop.reason)
 
 
-def _place(settings: AgentSettings) -> Place:
-    tasks, state = settings.tasks, Path(settings.state.directory)
-    own = accounts.find(str(os.geteuid()), passwd=lookup.text_of("/etc/passwd", ""), group="")
-    return Place(
-        node=settings.node.name,
-        work_directory=Path(tasks.work_directory or (state / "runs").absolute()),
-        grace=tasks.termination_grace_seconds,
-        policy=Policy(
-            kinds=tasks.allowed_kinds,
-            executables=tasks.allowed_executables,
-            users=tasks.allowed_users,
-            own={str(os.geteuid()), own.name} if own else {str(os.geteuid())},
-            host=tasks.allow_host,
-        ),
-    )
-
-
 def take_terms(recorder: Recorder, terms: Welcomed) -> None:
     """Make batches as the server wants them from now on."""
     recorder.set_max_batch_bytes(terms.max_batch_bytes)
     recorder.set_groups(terms.groups)
 
 
-def _recorder_options(settings: AgentSettings) -> RecorderOptions:
-    batch = settings.batch
-    return RecorderOptions(
-        BatchLimits(batch.max_delay_millis / 1000, batch.max_bytes),
-        _CODECS[batch.codec],
-        batch.max_queue_bytes,
-    )
+def _welcomed(recorder: Recorder, uplink: Uplink, terms: Welcomed) -> None:
+    take_terms(recorder, terms)
+    if uplink.config is not None:
+        uplink.config.answered()
 
-
-def _builtins(settings: AgentSettings, paths: HostPaths) -> dict[int, BuiltinFunction]:
-    async def ping() -> bytes:
-        return b"pong\n"
-
-    async def print_facts() -> bytes:
-        return await asyncio.to_thread(facts, paths, node=settings.node.name, version=VERSION)
-
-    return {pb.BUILTIN_PING: ping, pb.BUILTIN_FACTS: print_facts}
-
-
-def _identity(settings: AgentSettings, started: float) -> Identity:
-    addresses = hostinfo.addresses()
-    envelope = pb.PackagedData(
-        intranet_ipv4=addresses.intranet_ipv4,
-        extranet_ipv4=addresses.extranet_ipv4,
-        intranet_ipv6=addresses.intranet_ipv6,
-        extranet_ipv6=addresses.extranet_ipv6,
-        hostname=socket.gethostname(),
-        version=VERSION,
-        product=PROGRAM,
-    )
-    hello = pb.Hello(
-        node=settings.node.name,
-        version=VERSION,
-        instance=secrets.token_hex(8),
-        started_unix=int(started),
-        platform=f"linux/{_ARCHITECTURES.get(platform.machine(), platform.machine())}",
-        kernel=platform.release(),
-        run_kinds=settings.tasks.allowed_kinds,
-    )
-    return Identity(hello, envelope)
-
-
-#: Names as in the label kubernetes.io/arch.
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 
 if __name__ == "__main__":
     raise SystemExit(main())

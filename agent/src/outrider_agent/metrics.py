@@ -30,6 +30,8 @@ class AgentMetrics:
         self._records(registry)
         self._store(registry)
         self._runs(registry)
+        self._config(registry)
+        self._listeners(registry)
         self.collections = Histogram(
             "outrider_agent_collection_seconds",
             "Time that gathering took, by collector.",
@@ -81,7 +83,7 @@ class AgentMetrics:
         )
         self.sent_messages = Counter(
             "outrider_agent_sent_messages_total",
-            "Messages sent, by kind (hello, report, changes, heartbeat, batches).",
+            "Messages sent, by kind (hello, report, changes, config, heartbeat, batches).",
             ["kind"],
             registry=registry,
         )
@@ -202,3 +204,110 @@ class AgentMetrics:
             "Ended processes of runs that nobody else waited for.",
             registry=registry,
         )
+
+    def _config(self, registry: CollectorRegistry) -> None:
+        self.config_info = Gauge(
+            "outrider_agent_config_info",
+            "Always 1; the hash of the configuration in force is in its label, empty for none.",
+            ["hash"],
+            registry=registry,
+        )
+        self.config_phase = Gauge(
+            "outrider_agent_config_phase",
+            "1 for how the agent stands to its configuration (none, applying, applied, failed).",
+            ["phase"],
+            registry=registry,
+        )
+        self.config_applies = Counter(
+            "outrider_agent_config_applies_total",
+            "Configurations that were tried, by result (applied, failed, superseded).",
+            ["result"],
+            registry=registry,
+        )
+        self.config_drift = Gauge(
+            "outrider_agent_config_drift",
+            "Things that differ from the configuration in force.",
+            registry=registry,
+        )
+        self.own_limit = Gauge(
+            "outrider_agent_limit_enforced",
+            "For a limit of the agent's own use that is asked for (cpu, memory): 1 if the kernel "
+            "holds the agent to it, 0 if not; -1: none is asked for.",
+            ["resource"],
+            registry=registry,
+        )
+
+    def _listeners(self, registry: CollectorRegistry) -> None:
+        self.listener_connections = Gauge(
+            "outrider_agent_listener_connections",
+            "Connections of local programs, by listener.",
+            ["listener"],
+            registry=registry,
+        )
+        self.listener_packets = Counter(
+            "outrider_agent_listener_packets_total",
+            "Packets taken, by listener and kind (heartbeat, report).",
+            ["listener", "kind"],
+            registry=registry,
+        )
+        self.listener_closed = Counter(
+            "outrider_agent_listener_closed_total",
+            "Connections that we closed, by listener and reason (rubbish, idle, crowded, slow, "
+            "moved).",
+            ["listener", "reason"],
+            registry=registry,
+        )
+
+    def _plugins(self, registry: CollectorRegistry) -> None:
+        """Of plug-ins, by name; what is known of one goes with it."""
+
+        def gauge(name: str, text: str) -> Gauge:
+            full = f"outrider_agent_plugin_{name}"
+            return Gauge(full, text, ["plugin"], registry=registry)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            full = f"outrider_agent_plugin_{name}"
+            return Counter(full, text, ["plugin", *more], registry=registry)
+
+        self.plugin_up = gauge("up", "1 while it runs.")
+        self.plugin_healthy = gauge("healthy", "1 once it has run for a while without ending.")
+        self.plugin_rss = gauge("resident_memory_bytes", "Resident memory of its processes.")
+        self.plugin_cpu = gauge(
+            "cpu_seconds", "Processor time of the processes it has now, and of their children."
+        )
+        self.plugin_descriptors = gauge("open_fds", "Open descriptors of its processes.")
+        self.plugin_restarts = counter("restarts_total", "How often it was started again.")
+        self.plugin_records = counter("records_total", "Records taken from it.")
+        self.plugin_bytes = counter("bytes_total", "Bytes of records taken from it.")
+        self.plugin_faults = counter(
+            "faults_total",
+            "What it did wrong (framing, record, reserved_type, torn, memory, cpu).",
+            "kind",
+        )
+        self.plugin_throttled = counter(
+            "throttled_seconds_total", "Time it was not read because of its limits of records."
+        )
+        self.plugin_lines = counter(
+            "log_lines_total", "Lines it printed (logged, suppressed).", "result"
+        )
+        self.plugin_tasks = counter(
+            "tasks_total", "Tasks for it, by result (answered, no_answer, full, ended).", "result"
+        )
+
+    def forget_plugin(self, name: str) -> None:
+        """Take away what is known of a plug-in that is not there any more."""
+        for metric in (
+            self.plugin_up,
+            self.plugin_healthy,
+            self.plugin_rss,
+            self.plugin_cpu,
+            self.plugin_descriptors,
+            self.plugin_restarts,
+            self.plugin_records,
+            self.plugin_bytes,
+            self.plugin_faults,
+            self.plugin_throttled,
+            self.plugin_lines,
+            self.plugin_tasks,
+        ):
+            metric.remove_by_labels({"plugin": name})

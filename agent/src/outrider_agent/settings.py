@@ -234,6 +234,56 @@ class CollectorsSettings(Section, frozen=True):
     inventory: InventorySettings = field(default_factory=InventorySettings)
 
 
+class ConfigSettings(Section, frozen=True):
+    """The configuration that servers give, which goes before these settings where it asks."""
+
+    enabled: Annotated[
+        bool,
+        Meta(description="Whether this node takes any; else these settings are all there is."),
+    ] = True
+    file: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9][-_.A-Za-z0-9]*$",
+            max_length=200,
+            description="Name of the file in state.directory that the last good one is kept in.",
+        ),
+    ] = "last-good-config"
+
+
+class FramedTcpSettings(Section, frozen=True):
+    """The listener for framed messages of programs on this node."""
+
+    address: Annotated[
+        str, Meta(description='Where it listens, "IP:port"; empty: only where configured.')
+    ] = ""
+    allow_remote: Annotated[
+        bool,
+        Meta(
+            description="Whether it may listen elsewhere than on loopback; nothing there proves "
+            "who sends."
+        ),
+    ] = False
+    max_connections: Annotated[
+        int, Meta(ge=1, le=4096, description="Most connections at once; more are closed.")
+    ] = 128
+    idle_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=3600,
+            description="After so long without a whole message, or without reading an answer, a "
+            "connection is closed, seconds.",
+        ),
+    ] = 120.0
+
+
+class ListenersSettings(Section, frozen=True):
+    """Where programs on this node hand over records."""
+
+    framed_tcp: FramedTcpSettings = field(default_factory=FramedTcpSettings)
+
+
 class BatchSettings(Section, frozen=True):
     """How records become batches."""
 
@@ -315,6 +365,91 @@ class TasksSettings(Section, frozen=True):
     ] = 50_000
 
 
+class PluginsSettings(Section, frozen=True):
+    """Programs that run beside the agent, as AgentConfigs name them, and within which limits."""
+
+    enabled: Annotated[bool, Meta(description="Whether there may be any on this node.")] = True
+    allowed_names: Annotated[
+        tuple[str, ...],
+        Meta(description="Patterns of the names of plug-ins that this node allows: *, ? and []."),
+    ] = ("*",)
+    allowed_users: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Users, by name or number as configurations give them, that plug-ins may "
+            f"be of besides the agent's own; {EVERY_USER} is all."
+        ),
+    ] = ()
+    max_plugins: Annotated[int, Meta(ge=0, le=64, description="Most plug-ins at once.")] = 16
+    directory: Annotated[
+        str,
+        Meta(
+            description="Where packages and working directories are; other users must be able to "
+            "enter it where plug-ins are theirs. Empty: the directory `plugins` in state.directory."
+        ),
+    ] = ""
+    ca_file: Annotated[
+        str,
+        Meta(
+            description="Certificates (PEM) that servers of packages must have theirs from. Empty: "
+            "those of the system."
+        ),
+    ] = ""
+    public_keys: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Files with an Ed25519 public key each (PEM, or base64 of 32 bytes); one "
+            "of them must have signed a package that has a signature."
+        ),
+    ] = ()
+    require_signature: Annotated[
+        bool, Meta(description="Whether packages without a signature are refused.")
+    ] = False
+    fetch_timeout_seconds: Annotated[
+        float, Meta(gt=0, le=86_400, description="Longest time to fetch one package, seconds.")
+    ] = 600.0
+    max_package_bytes: Annotated[
+        int, Meta(ge=1024, description="Largest package that is fetched, bytes.")
+    ] = 256 * MIB
+    max_unpacked_bytes: Annotated[
+        int, Meta(ge=1024, description="Most bytes of all files of one package.")
+    ] = 1024 * MIB
+    cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Most bytes of fetched packages that are kept for going back; those in "
+            "use always are.",
+        ),
+    ] = 512 * MIB
+    max_records_per_second: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Most records per second that are taken from one plug-in, which waits "
+            "then. 0: no limit.",
+        ),
+    ] = 5000
+    max_bytes_per_second: Annotated[
+        int, Meta(ge=0, description="The same in bytes. 0: no limit.")
+    ] = 4 * MIB
+    termination_grace_seconds: Annotated[
+        float, Meta(ge=0, le=300, description="Time between TERM and KILL for a plug-in, seconds.")
+    ] = 5.0
+    healthy_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="A plug-in counts as healthy once it has run so long without ending.",
+        ),
+    ] = 10.0
+    heartbeat_seconds: Annotated[
+        float,
+        Meta(ge=1, le=3600, description="Time between two heart-beat records of a plug-in."),
+    ] = 60.0
+
+
 class AgentSettings(Section, frozen=True):
     """All settings of the agent."""
 
@@ -325,8 +460,11 @@ class AgentSettings(Section, frozen=True):
     state: StateSettings = field(default_factory=StateSettings)
     heartbeat: HeartbeatSettings = field(default_factory=HeartbeatSettings)
     collectors: CollectorsSettings = field(default_factory=CollectorsSettings)
+    config: ConfigSettings = field(default_factory=ConfigSettings)
+    listeners: ListenersSettings = field(default_factory=ListenersSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     tasks: TasksSettings = field(default_factory=TasksSettings)
+    plugins: PluginsSettings = field(default_factory=PluginsSettings)
 
 
 def check(settings: AgentSettings) -> None:
@@ -368,11 +506,25 @@ def check(settings: AgentSettings) -> None:
         fault = pattern_fault(pattern)
         if fault:
             raise SettingsError(f'setting "tasks.allowedExecutables": {pattern!r}: {fault}')
-    for user in settings.tasks.allowed_users:
-        if user != EVERY_USER and not user_name(user):
-            raise SettingsError(
-                f'setting "tasks.allowedUsers": expected names or numbers of users, got {user!r}'
-            )
+    for name, users in (
+        ("tasks", settings.tasks.allowed_users),
+        ("plugins", settings.plugins.allowed_users),
+    ):
+        for user in users:
+            if user != EVERY_USER and not user_name(user):
+                raise SettingsError(
+                    f'setting "{name}.allowedUsers": expected names or numbers of users, '
+                    f"got {user!r}"
+                )
+    for key in settings.plugins.public_keys:
+        readable(key, setting="plugins.publicKeys")
+    if settings.plugins.ca_file:
+        readable(settings.plugins.ca_file, setting="plugins.caFile")
+    if settings.plugins.require_signature and not settings.plugins.public_keys:
+        raise SettingsError(
+            'setting "plugins.requireSignature": expected a key in plugins.publicKeys as well, '
+            "else no plug-in could run"
+        )
 
 
 def _check_collectors(settings: CollectorsSettings) -> None:

@@ -166,6 +166,11 @@ def without_empty(value: Any) -> Any:
     return {key: item for key, item in kept if item != {}}
 
 
+def digest(content: bytes) -> str:
+    """The hash of a configuration: SHA-256 of its one form, hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def pack(effective: Effective) -> EffectiveConfig:
     """The one form of a configuration on the wire and on disk: equal ones have equal hashes.
 
@@ -175,7 +180,7 @@ def pack(effective: Effective) -> EffectiveConfig:
     content = _ENCODER.encode(without_empty(msgspec.to_builtins(effective)))
     if len(content) > limits.CONFIG_BYTES:
         raise EffectiveError(f"{len(content)} bytes; at most {limits.CONFIG_BYTES}")
-    return EffectiveConfig(hash=hashlib.sha256(content).hexdigest(), content=content)
+    return EffectiveConfig(hash=digest(content), content=content)
 
 
 def unpack(packed: EffectiveConfig) -> Effective:
@@ -186,7 +191,7 @@ def unpack(packed: EffectiveConfig) -> Effective:
     """
     if len(packed.content) > limits.CONFIG_BYTES:
         raise EffectiveError(f"{len(packed.content)} bytes; at most {limits.CONFIG_BYTES}")
-    if hashlib.sha256(packed.content).hexdigest() != packed.hash:
+    if digest(packed.content) != packed.hash:
         raise EffectiveError("its hash does not match its content")
     try:
         effective = _DECODER.decode(packed.content)

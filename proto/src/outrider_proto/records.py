@@ -47,6 +47,9 @@ INVENTORY_PORTS: Final = 20004
 INVENTORY_MOUNTS: Final = 20005
 #: Loaded kernel modules.
 INVENTORY_MODULES: Final = 20006
+#: What a program on the node handed to a listener of the agent; fields listener, source (the
+#: program's address), report, and encoding: "utf-8", or "base64" where the report is no text.
+LOCAL_REPORT: Final = 20007
 
 #: Names of the data types, for people.
 NAMES: Final[Mapping[int, str]] = {
@@ -61,6 +64,7 @@ NAMES: Final[Mapping[int, str]] = {
     INVENTORY_PORTS: "listening ports",
     INVENTORY_MOUNTS: "mounts",
     INVENTORY_MODULES: "kernel modules",
+    LOCAL_REPORT: "local report",
 }
 
 # Headers of a Kafka message, all as ASCII text.

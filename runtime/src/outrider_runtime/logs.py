@@ -108,6 +108,11 @@ def configure(
     )
 
 
+def set_level(level: str) -> None:
+    """Change the least level that is logged, from the next line on."""
+    logging.getLogger().setLevel(level.upper())
+
+
 def get_logger(name: str, **fields: Any) -> structlog.stdlib.BoundLogger:
     """A logger whose lines all carry the given fields."""
     # Bound at the first line and not here: modules make their loggers before `configure` ran.

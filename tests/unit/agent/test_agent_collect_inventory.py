@@ -16,6 +16,7 @@ from outrider_agent.collectors import inventory as collector
 from outrider_agent.collectors.filesystems import FileSystems
 from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.collectors.inventory import Inventory, Kind, kinds, lines_of, report_forever
+from outrider_agent.collectors.schedule import Pace
 from outrider_agent.core import inventory
 from outrider_agent.core.inventory import Changes, Entries
 from outrider_agent.core.records import RecordClass
@@ -326,7 +327,11 @@ async def test_records_of_the_inventory_are_logs() -> None:
     what = Inventory(
         kinds(settings, paths, FileSystems(paths)), settings, lambda _k: None, lambda _k, _c: None
     )
-    running = asyncio.create_task(report_forever(what, sink, AgentMetrics(CollectorRegistry())))
+    running = asyncio.create_task(
+        report_forever(
+            what, Pace(what.settings.check_seconds), sink, AgentMetrics(CollectorRegistry())
+        )
+    )
     async with asyncio.timeout(10):
         while not sink.records:
             await asyncio.sleep(0.01)

@@ -495,7 +495,7 @@ async def test_facts_are_json() -> None:
     from outrider_agent.collectors.facts import facts
     from outrider_agent.collectors.hostinfo import HostPaths
 
-    found = json.loads(facts(HostPaths(), node="node-a", version="1"))
+    found = json.loads(facts(HostPaths(), node="node-a", version="1", config="abc"))
     assert found["node"] == "node-a"
     assert int(found["nproc"]) > 0
     assert found["kernel_version"]

@@ -8,12 +8,20 @@ from outrider_agent.collectors import hostinfo
 from outrider_agent.collectors.hostinfo import HostPaths
 
 
-def facts(paths: HostPaths, *, node: str, version: str) -> bytes:
-    """The facts, as indented JSON with a line feed at its end. Blocks: use a thread."""
+def facts(paths: HostPaths, *, node: str, version: str, config: str) -> bytes:
+    """The facts, as indented JSON with a line feed at its end. Blocks: use a thread.
+
+    Args:
+        paths: Where the host's file systems are.
+        node: Name of the node.
+        version: The agent's.
+        config: Hash of the configuration in force, empty for none.
+    """
     addresses = hostinfo.addresses()
     found = {
         "node": node,
         "agent_version": version,
+        "config_hash": config,
         "uptime_seconds": int(time.time() - hostinfo.boot_time(paths.proc)),
         "load": [round(load, 2) for load in os.getloadavg()],
         "memory_available_bytes": hostinfo.memory(paths.proc)[1],

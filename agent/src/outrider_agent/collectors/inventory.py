@@ -25,7 +25,7 @@ from outrider_runtime.logs import get_logger
 from outrider_agent.collectors.filesystems import MAX_MOUNTS, FileSystems
 from outrider_agent.collectors.host import IGNORED_KINDS
 from outrider_agent.collectors.hostinfo import HostPaths, read
-from outrider_agent.collectors.schedule import repeat_forever
+from outrider_agent.collectors.schedule import Pace, repeat_forever
 from outrider_agent.core import inventory, procfs
 from outrider_agent.core.inventory import Changes, Entries, Listener
 from outrider_agent.core.records import RecordClass, RecordSink
@@ -106,6 +106,8 @@ class Inventory:
     ) -> None:
         self._kinds = list(kinds)
         self.settings = settings
+        #: Longest time until all is read again, seconds; may be changed at any time.
+        self.interval_seconds = settings.interval_seconds
         self._failed = failed
         self._left_out = left_out
         self._clock = clock
@@ -128,7 +130,7 @@ class Inventory:
 
     def _look(self, kind: Kind, told: _Told) -> list[dict[str, str]]:
         now, sign = self._clock(), kind.sign()
-        due = now - told.read_at >= self.settings.interval_seconds
+        due = now - told.read_at >= self.interval_seconds
         full = told.entries is None or now - told.full_at >= self.settings.full_seconds
         if not (full or due or sign != told.sign):
             return []
@@ -353,7 +355,9 @@ class _Ports:
         return found
 
 
-async def report_forever(found: Inventory, sink: RecordSink, metrics: AgentMetrics) -> None:
+async def report_forever(
+    found: Inventory, pace: Pace, sink: RecordSink, metrics: AgentMetrics
+) -> None:
     """Have the records made and taken, after a random part of the first wait.
 
     Not at once: when all agents start together, they would all tell everything together.
@@ -364,6 +368,5 @@ async def report_forever(found: Inventory, sink: RecordSink, metrics: AgentMetri
             record = records.payload(data_type, int(time.time()), fields)
             await sink.put(record, RecordClass.LOG)
 
-    seconds = found.settings.check_seconds
-    await asyncio.sleep(random.uniform(0, seconds))
-    await repeat_forever("inventory", seconds, found.collect, deliver, metrics)
+    await asyncio.sleep(random.uniform(0, pace.interval))
+    await repeat_forever("inventory", pace, found.collect, deliver, metrics)

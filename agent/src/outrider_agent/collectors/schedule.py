@@ -29,6 +29,44 @@ Fields = dict[str, str]
 T = TypeVar("T")
 
 
+class Pace:
+    """How often a collector collects, and whether; both may change while it runs.
+
+    Args:
+        interval: Seconds from one begin to the next.
+        enabled: Whether it collects.
+    """
+
+    def __init__(self, interval: float, *, enabled: bool = True) -> None:
+        self.interval = interval
+        self.enabled = enabled
+        self._changed = asyncio.Event()
+
+    def set(self, interval: float, *, enabled: bool) -> None:
+        """Change it: what is under way goes on, the next one comes by the new pace."""
+        self.interval, self.enabled = interval, enabled
+        self._changed.set()
+
+    async def due(self, began: float | None) -> None:
+        """Wait until the next collection is due.
+
+        Args:
+            began: When the last one began, seconds of the steady clock; None: there was none.
+        """
+        while True:
+            self._changed.clear()
+            seconds = None
+            if self.enabled:
+                # One that was turned on collects at once unless it just did.
+                since = float("-inf") if began is None else began
+                seconds = since + self.interval - time.monotonic()
+                if seconds <= 0:
+                    return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
+
+
 class _Thread(Generic[T]):
     """One thread for all collections of one collector.
 
@@ -70,7 +108,7 @@ def _settle(future: asyncio.Future[T], settle: Callable[[], None]) -> None:
 
 async def repeat_forever(
     name: str,
-    interval: float,
+    pace: Pace | float,
     collect: Callable[[], T],
     deliver: Callable[[T], Awaitable[None]],
     metrics: AgentMetrics,
@@ -79,15 +117,19 @@ async def repeat_forever(
 
     Args:
         name: For metrics and logs; a constant.
-        interval: Seconds from one begin to the next.
+        pace: How often and whether; or just the seconds from one begin to the next.
         collect: Gathers; may block.
         deliver: Takes what it returned.
         metrics: Count.
     """
+    if not isinstance(pace, Pace):
+        pace = Pace(pace)
     thread = _Thread(name, collect)
     failing = False
+    began: float | None = None
     try:
         while True:
+            await pace.due(began)
             began = time.monotonic()
             work = thread.collect()
             try:
@@ -104,7 +146,6 @@ async def repeat_forever(
                 failing = False
                 metrics.collections.labels(name).observe(time.monotonic() - began)
                 await deliver(found)
-            await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
     finally:
         thread.end()
 
@@ -112,7 +153,7 @@ async def repeat_forever(
 async def collect_forever(
     name: str,
     data_type: int,
-    interval: float,
+    pace: Pace | float,
     collect: Callable[[], Fields],
     sink: RecordSink,
     metrics: AgentMetrics,
@@ -122,7 +163,7 @@ async def collect_forever(
     Args:
         name: For metrics and logs; a constant.
         data_type: Type of the records.
-        interval: Seconds from one begin to the next.
+        pace: See `repeat_forever`.
         collect: Gathers; may block.
         sink: Takes the records.
         metrics: Count.
@@ -132,4 +173,4 @@ async def collect_forever(
         record = records.payload(data_type, int(time.time()), fields)
         sink.submit(record, RecordClass.TELEMETRY)
 
-    await repeat_forever(name, interval, collect, deliver, metrics)
+    await repeat_forever(name, pace, collect, deliver, metrics)

@@ -97,6 +97,13 @@ class TaskRequested:
 
 
 @dataclass(frozen=True)
+class ConfigRequested:
+    """The configuration that the agent is to have."""
+
+    config: pb.EffectiveConfig
+
+
+@dataclass(frozen=True)
 class Draining:
     """The server asked the agent to leave."""
 
@@ -113,6 +120,7 @@ Effect = (
     | CancelsRequested
     | RunsAcked
     | TaskRequested
+    | ConfigRequested
     | Draining
 )
 

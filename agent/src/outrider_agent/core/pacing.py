@@ -29,6 +29,12 @@ class TokenBucket:
         self._level = self._burst
         self._when: float | None = None
 
+    def set_rate(self, rate: int, now: float) -> None:
+        """Another rate from now on; what is owed stays owed."""
+        level = self._filled(now) if self._rate else rate * BURST_SECONDS
+        self._rate, self._burst = rate, rate * BURST_SECONDS
+        self._level, self._when = min(level, self._burst), now
+
     def take(self, size: int, now: float) -> None:
         """So many bytes go."""
         if self._rate:

@@ -2,9 +2,9 @@
 
 The shell asks `next` what to send, tells what it sent, and feeds what it received to `receive`,
 which answers with effects. The order is always: hello, the server's welcome, a complete report of
-runs, then changes of runs, signs of life, and batches within the server's window, in the order of
-`lanes` and as fast as `pacing` lets them. Nothing here reads a clock: `now` is seconds of a steady
-clock, `wall_nanos` the time of day.
+runs, then changes of runs, how the agent stands to its configuration, signs of life, and batches
+within the server's window, in the order of `lanes` and as fast as `pacing` lets them. Nothing here
+reads a clock: `now` is seconds of a steady clock, `wall_nanos` the time of day.
 """
 
 import random
@@ -20,6 +20,7 @@ from outrider_agent.core.effects import (
     BatchRefused,
     BatchTooLarge,
     CancelsRequested,
+    ConfigRequested,
     Draining,
     Effect,
     PauseAsked,
@@ -64,6 +65,7 @@ class Want(Enum):
     HELLO = "hello"
     REPORT = "report"
     CHANGES = "changes"
+    CONFIG = "config"
     HEARTBEAT = "heartbeat"
     #: Not sent, but read from the outbox, before batches can be.
     LOOK = "look"
@@ -104,6 +106,7 @@ class Session:
     welcomed: bool = False
     _hello_sent: bool = False
     _report_due: bool = True
+    _config_due: bool = False
     _changes: dict[RunKey, pb.RunState] = field(default_factory=dict)
     _window: Window = field(default_factory=Window)
     _lanes: Lanes | None = None
@@ -123,6 +126,8 @@ class Session:
             return Want.REPORT
         if self._changes:
             return Want.CHANGES
+        if self._config_due:
+            return Want.CONFIG
         if now - self._last_sent >= IDLE_SECONDS and self._unanswered_since is None:
             return Want.HEARTBEAT
         return self._next_batches(now)
@@ -187,6 +192,14 @@ class Session:
                 break
             taken.append(self._changes.pop(key))
         return taken
+
+    def config_changed(self) -> None:
+        """The agent stands otherwise to its configuration; only the newest is told."""
+        self._config_due = True
+
+    def begin_config(self) -> None:
+        """How it stands is about to be read and sent; what changes from now on is sent after it."""
+        self._config_due = False
 
     def sent_heartbeat(self, now: float) -> None:
         """A heart-beat was sent."""
@@ -260,6 +273,8 @@ class Session:
             effects.append(RunsAcked([key_of(run) for run in command.run_acks]))
         if command.HasField("task"):
             effects.append(TaskRequested(command.task))
+        if command.HasField("config"):
+            effects.append(ConfigRequested(command.config))
         if command.report_runs:
             self._report_due = True
         if command.HasField("drain"):

@@ -80,10 +80,12 @@ class Children:
     Attributes:
         known: Ids of processes whose end somebody waits for.
         starting: Programs that are being started, whose id is not known yet.
+        on_start: Called with the id of each, for what is to be done to it from outside.
     """
 
     known: set[int] = field(default_factory=set)
     starting: int = 0
+    on_start: Callable[[int], None] = lambda _: None
 
     def reap(self, ended: Sequence[int]) -> int:
         """Wait for ended children that nobody else waits for; how many there were.
@@ -193,6 +195,7 @@ async def _start(
             await asyncio.shield(_undo(started, program, children, threads))
             raise
         children.known.add(process.pid)
+        children.on_start(process.pid)
     except OSError as error:
         os.close(read_end)
         if error.errno == errno.EPERM and program.account is not None:

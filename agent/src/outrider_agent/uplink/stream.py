@@ -25,14 +25,13 @@ from outrider_agent.core.storage import Outbox
 from outrider_agent.core.traffic import Traffic
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.uplink.acks import Acks
+from outrider_agent.uplink.alarm import Alarm
 from outrider_agent.uplink.messages import Call, of_batches
 
 log = get_logger("outrider.uplink")
 
 #: Longest wait for the server to end a stream that we half-closed, seconds.
 CLOSE_SECONDS = 2.0
-#: The shortest time for which a timer is set, seconds: less would be a busy loop.
-LEAST_WAIT_SECONDS = 0.01
 
 
 class Runs(Protocol):
@@ -59,6 +58,22 @@ class Runs(Protocol):
         ...
 
 
+class Configuration(Protocol):
+    """Who puts configurations into force."""
+
+    def ask(self, config: pb.EffectiveConfig) -> None:
+        """A server asks for this one; it is put into force in its own time."""
+        ...
+
+    def answered(self) -> None:
+        """A server took us."""
+        ...
+
+    def report(self) -> pb.ConfigReport:
+        """How the agent stands to it now."""
+        ...
+
+
 class StreamClosedError(Exception):
     """The server ended the stream without an error."""
 
@@ -76,6 +91,7 @@ class Stream:
         traffic: Traffic,
         bucket: TokenBucket,
         on_welcome: Callable[[effects.Welcomed], None],
+        config: Configuration | None = None,
     ) -> None:
         self._call = call
         self._first = first
@@ -84,7 +100,10 @@ class Stream:
         self._metrics = metrics
         self._traffic = traffic
         self._on_welcome = on_welcome
+        self._config = config
         self._session = Session(outbox.epoch, random.Random(), time.monotonic(), bucket)
+        if config is not None:
+            self._session.config_changed()
         self._acks = Acks(outbox, outbox.epoch)
         self._sent = {want: metrics.sent_messages.labels(want.value) for want in Want}
         #: Tells the writer that there may be something to send.
@@ -109,6 +128,15 @@ class Stream:
     def changed(self, state: pb.RunState) -> None:
         """Report a run's new state."""
         self._session.changed(state)
+        self._wake.set()
+
+    def config_changed(self) -> None:
+        """Tell how the agent stands to its configuration."""
+        self._session.config_changed()
+        self._wake.set()
+
+    def bandwidth_changed(self) -> None:
+        """More or less may go from now on."""
         self._wake.set()
 
     def appended(self) -> None:
@@ -210,6 +238,12 @@ class Stream:
             await self._send_report(report, want)
         elif want is Want.CHANGES:
             await self._send_report(pb.RunReport(runs=session.take_changes()), want)
+        elif want is Want.CONFIG:
+            session.begin_config()
+            if self._config is not None:
+                message = pb.PackagedData(config_report=self._config.report()).SerializeToString()
+                await self._send(message, want)
+                session.sent(len(message), time.monotonic())
         elif want is Want.HEARTBEAT:
             backlog = self._outbox.backlog
             beat = pb.Heartbeat(
@@ -317,6 +351,9 @@ class Stream:
                 await self._runs.acknowledge(keys)
             case effects.TaskRequested(task):
                 await self._runs.foreign(task)
+            case effects.ConfigRequested(config):
+                if self._config is not None:
+                    self._config.ask(config)
             case effects.Draining(reason):
                 log.info("the server asks us to go elsewhere", reason=reason)
 
@@ -341,39 +378,3 @@ class Stream:
             log.error("a batch cannot be opened", seq=effect.seq, error=str(error))  # noqa: TRY400 - the text says it all
             return False
         return pieces > 0
-
-
-class Alarm:
-    """An event with a time.
-
-    To wait takes no timer of its own: one that rings too early does no harm.
-    """
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = 0.0
-
-    def set(self) -> None:
-        """Wake who waits."""
-        self._event.set()
-
-    async def wait(self, when: float) -> None:
-        """Wait until it is set, or until a time of the steady clock at the latest."""
-        if self._timer is None or when < self._rings_at:
-            self.cancel()
-            seconds = max(LEAST_WAIT_SECONDS, when - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
-            self._rings_at = when
-        await self._event.wait()
-        self._event.clear()
-
-    def cancel(self) -> None:
-        """Drop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _ring(self) -> None:
-        self._timer = None
-        self._event.set()

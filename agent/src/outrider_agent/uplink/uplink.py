@@ -29,7 +29,7 @@ from outrider_agent.core.traffic import Traffic
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import ServerSettings
 from outrider_agent.uplink.messages import open_transfer
-from outrider_agent.uplink.stream import Runs, Stream, StreamClosedError
+from outrider_agent.uplink.stream import Configuration, Runs, Stream, StreamClosedError
 
 log = get_logger("outrider.uplink")
 
@@ -96,6 +96,8 @@ class Uplink:
         self._bucket = TokenBucket(settings.max_bytes_per_second)
         #: Called with the terms of each server that takes us.
         self.on_welcome: Callable[[Welcomed], None] = lambda _: None
+        #: Who puts configurations into force; None: they are neither taken nor reported.
+        self.config: Configuration | None = None
         #: How the server in use was found: "sd", "private" or "public"; empty before the first.
         self.net_mode = ""
         self.traffic = Traffic()
@@ -108,6 +110,17 @@ class Uplink:
         """Report a run's new state. Without a stream it is in the next complete report."""
         if self._stream is not None:
             self._stream.changed(state)
+
+    def config_changed(self) -> None:
+        """Report how the agent stands to its configuration; every new stream begins with that."""
+        if self._stream is not None:
+            self._stream.config_changed()
+
+    def set_max_bytes_per_second(self, rate: int) -> None:
+        """Another bound for records, bytes per second; 0: none."""
+        self._bucket.set_rate(rate, time.monotonic())
+        if self._stream is not None:
+            self._stream.bandwidth_changed()
 
     def batch_appended(self) -> None:
         """The outbox has a new batch."""
@@ -219,6 +232,7 @@ class Uplink:
                 self.traffic,
                 self._bucket,
                 on_welcome=lambda welcomed: self._welcome(route, welcomed),
+                config=self.config,
             )
             self._stream = stream
             try:

@@ -1,0 +1,1 @@
+"""Where programs on the node hand records to the agent."""
