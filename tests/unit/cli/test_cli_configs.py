@@ -26,11 +26,16 @@ def interval(seconds: int, **more: Any) -> dict[str, Any]:
 
 def body(target: str, settled: str, phase: str, *history: tuple[str, str], **more: Any) -> Any:
     """An AgentConfig; `history`: revisions and results, the newest first."""
+    reason, message = more.pop("ready", ("", ""))
     return {
         "metadata": {"name": "web", "uid": "u", "generation": 2},
         "spec": more.pop("spec", interval(int(target[-1]), rollout={"maxUnavailable": 1})),
         "status": {
             "observedGeneration": more.pop("observed", 2),
+            "conditions": [
+                {"type": "Progressing", "reason": "Other"},
+                {"type": "Ready", "reason": reason, "message": message},
+            ],
             "revision": target,
             "settledRevision": settled,
             "counts": {"targeted": 4, "applied": 2, "pending": 2, "absent": 1},
@@ -193,9 +198,15 @@ def test_a_spec_that_no_server_has_seen_goes_back_too() -> None:
             "(2 of 4 nodes run it, 1 pending, 1 not connected)",
         ),
         (
-            body("a2", "a2", "Settled", reason="NodesFailed", message="1 nodes could not take it"),
+            body("a2", "a2", "Settled", ready=("NodesFailed", "1 of 4 nodes could not take it")),
             Outcome.FAILED,
-            "rolled out, but: 1 nodes could not take it",
+            'agentconfig "web" rolled out, but 1 of 4 nodes could not take it',
+        ),
+        (
+            # What was settled before stays in force, and is what the status speaks of.
+            body("a1", "a1", "Settled", ready=("Invalid", "spec: bad; revision a1 stays")),
+            Outcome.FAILED,
+            'agentconfig "web" cannot be used: spec: bad; revision a1 stays',
         ),
         (
             body("a2", "a1", "RolledBack", revision="a2", message="2 nodes failed with it: n1, n2"),

@@ -18,8 +18,10 @@ from outrider_cli.core.text import plural
 
 #: Nodes that a line names at most.
 NAMED: Final = 3
-#: Reason of a rollout that settled though some nodes could not take it.
+# Reasons of the condition Ready: nodes could not take it, though it rolled out; the spec cannot be
+# read.
 NODES_FAILED: Final = "NodesFailed"
+INVALID: Final = "Invalid"
 
 
 class Outcome(Enum):
@@ -43,13 +45,17 @@ def progress(config: Config) -> Progress:
     what = f'agentconfig "{config.name}"'
     if not config.seen or not config.target:
         return Progress(Outcome.GOING, f"{_waiting(config)}: no server has looked at it yet")
+    ready = str(config.ready.get("reason", ""))
+    said = str(config.ready.get("message") or ready)
+    if ready == INVALID:
+        return Progress(Outcome.FAILED, f"{what} cannot be used: {said}")
     if config.phase == ROLLED_BACK:
         return Progress(Outcome.FAILED, f"{what} was rolled back{_why(config)}")
     if config.phase == PAUSED:
         return Progress(Outcome.FAILED, f"{what} is paused{_why(config)}{_counts(config)}")
     if config.phase in (SETTLED, "") and config.settled == config.target:
-        if config.reason == NODES_FAILED:
-            return Progress(Outcome.FAILED, f"{what} rolled out, but{_why(config)}")
+        if ready == NODES_FAILED:
+            return Progress(Outcome.FAILED, f"{what} rolled out, but {said}")
         return Progress(
             Outcome.DONE,
             f"{what} successfully rolled out: revision {config.target}{_counts(config)}",
@@ -58,11 +64,8 @@ def progress(config: Config) -> Progress:
         return Progress(
             Outcome.GOING, f"{_waiting(config)}: {config.phase}{_why(config)}{_counts(config)}"
         )
-    refused = str(config.ready.get("reason", ""))
-    said = f": {config.ready.get('message') or refused}" if refused else ""
-    if refused.startswith("Invalid"):
-        return Progress(Outcome.FAILED, f"{what} cannot be used{said}")
-    return Progress(Outcome.GOING, f"{_waiting(config)}: it has not begun{said}")
+    why = f": {said}" if said else ""
+    return Progress(Outcome.GOING, f"{_waiting(config)}: it has not begun{why}")
 
 
 def _waiting(config: Config) -> str:
