@@ -506,6 +506,10 @@ def check(settings: AgentSettings) -> None:
         fault = pattern_fault(pattern)
         if fault:
             raise SettingsError(f'setting "tasks.allowedExecutables": {pattern!r}: {fault}')
+    _check_plugins(settings)
+
+
+def _check_plugins(settings: AgentSettings) -> None:
     for name, users in (
         ("tasks", settings.tasks.allowed_users),
         ("plugins", settings.plugins.allowed_users),

@@ -15,7 +15,7 @@ from outrider_agent.core.outcome import Outcome
 
 RESTART, SHUTDOWN = "builtin/Restart", "builtin/Shutdown"
 #: What a node allows unless told otherwise: not what takes the agent itself away.
-DEFAULT_KINDS = ("command", "script", "builtin/Ping", "builtin/Facts")
+DEFAULT_KINDS = ("command", "script", "plugin", "builtin/Ping", "builtin/Facts")
 #: What takes the agent itself away.
 LEAVING = (RESTART, SHUTDOWN)
 #: Every kind of run this agent can do, as named in Hello.run_kinds and in the settings.
@@ -208,12 +208,24 @@ def _fault(command: pb.RunCommand) -> str | None:
         return "a builtin is the agent's own doing: it can have no user, and is not for the host"
     if any(not n or "=" in n or "\0" in n or "\0" in v for n, v in command.env.items()):
         return "an environment variable has an empty name, or a NUL, or '=' in its name"
+    if command.WhichOneof("run") == "plugin":
+        return _plugin_fault(command)
     if command.WhichOneof("run") == "script":
         if len(command.script.source.encode()) > limits.SCRIPT_BYTES:
             return f"the script is larger than {limits.SCRIPT_BYTES} bytes"
         return _arguments_fault(command.script.interpreter)
     if command.WhichOneof("run") == "command":
         return _arguments_fault(command.command.argv)
+    return None
+
+
+def _plugin_fault(command: pb.RunCommand) -> str | None:
+    if command.user or command.host or command.env:
+        return "a plug-in has its own user, place and environment: its tasks can have none"
+    if not command.plugin.name or command.plugin.data_type < 1:
+        return "a task for a plug-in needs its name, and a data type of 1 or more"
+    if len(command.plugin.data.encode()) > limits.SCRIPT_BYTES:
+        return f"the data for the plug-in is larger than {limits.SCRIPT_BYTES} bytes"
     return None
 
 

@@ -1,0 +1,328 @@
+"""All plug-ins of the node: has them prepared, switched to and ended, and hands tasks to them.
+
+Preparing touches nothing that runs; switching cannot fail: a plug-in that does not start says so in
+its state. Knows no configuration but that of plug-ins.
+"""
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from outrider_proto.effective import Plugin
+from outrider_proto.v1 import agent_pb2 as pb
+from outrider_runtime.logs import get_logger
+
+from outrider_agent.core import plugins as rules
+from outrider_agent.core.accounts import Account
+from outrider_agent.core.plugin_restarts import RestartLimits
+from outrider_agent.core.plugins import PluginError as PluginError  # noqa: PLC0414 - of this API
+from outrider_agent.core.plugins import PluginPolicy
+from outrider_agent.core.records import RecordClass, RecordSink
+from outrider_agent.metrics import AgentMetrics
+from outrider_agent.plugins import cgroups, places
+from outrider_agent.plugins.instance import Surroundings
+from outrider_agent.plugins.packages import Package, Packages
+from outrider_agent.plugins.runner import Runner, Site
+from outrider_agent.plugins.watching import CALM_SECONDS, CLOSE_SECONDS, Watch
+from outrider_agent.settings import PluginsSettings
+from outrider_agent.tasks import processes
+from outrider_agent.tasks.program import Children
+
+log = get_logger("outrider.plugins")
+
+#: At the agent's end, how long records of ended plug-ins may take to be stored, seconds.
+LINGER_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One plug-in that can be switched to."""
+
+    plugin: Plugin
+    package: Package
+    account: Account | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Plug-ins that can be switched to; a later one makes it void."""
+
+    plugins: tuple[Ready, ...]
+
+
+@dataclass(frozen=True)
+class PluginsOptions:
+    """What this node says of plug-ins.
+
+    Attributes:
+        settings: Its settings.
+        node: Its name.
+        directory: Where packages and working directories are.
+        own: Name and number of the agent's own user.
+        restarts: How often a plug-in may end.
+        cgroup_root: Where control groups are mounted.
+    """
+
+    settings: PluginsSettings
+    node: str
+    directory: Path
+    own: tuple[str, ...]
+    restarts: RestartLimits = field(default_factory=RestartLimits)
+    cgroup_root: Path = cgroups.ROOT
+
+
+class Plugins:
+    """All plug-ins of the node. Implements core.plugins.PluginTasks."""
+
+    def __init__(
+        self,
+        options: PluginsOptions,
+        sink: RecordSink,
+        metrics: AgentMetrics,
+        children: Children,
+        threads: Executor,
+    ) -> None:
+        settings = options.settings
+        self.on_change: Callable[[], None] = lambda: None
+        self._options = options
+        self._metrics = metrics
+        self._threads = threads
+        self._sink = sink
+        self._policy = PluginPolicy(
+            enabled=settings.enabled,
+            names=settings.allowed_names,
+            users=settings.allowed_users,
+            own=options.own,
+            most=settings.max_plugins,
+        )
+        self._packages = Packages(options.directory, settings, children)
+        self._site = Site(
+            node=options.node,
+            directory=options.directory,
+            grace=settings.termination_grace_seconds,
+            healthy=settings.healthy_seconds,
+            restarts=options.restarts,
+            packages=self._packages,
+            children=children,
+            threads=threads,
+            around=Surroundings(
+                sink, metrics, settings.max_records_per_second, settings.max_bytes_per_second
+            ),
+            changed=self._changed,
+            lingering=self._linger,
+            cgroup_root=options.cgroup_root,
+        )
+        self._watch = Watch(metrics, options.directory / "work")
+        self._runners: dict[str, Runner] = {}
+        self._fetching: dict[str, Plugin] = {}
+        self._lingering: set[asyncio.Task[None]] = set()
+        self._one = asyncio.Lock()
+        self._cleaned = False
+        self._ending = False
+        self._told: list[bytes] = []
+
+    # What the configuration asks for.
+
+    async def prepare(self, wanted: Sequence[Plugin]) -> Prepared:
+        """Fetch, check and unpack all that is new; nothing that runs is touched.
+
+        Raises:
+            PluginError: One of them cannot be had, or this node does not allow it.
+        """
+        refusal = rules.refuse(wanted, self._policy)
+        if refusal is not None:
+            raise refusal
+        async with self._one:
+            await self._clean()
+            options = self._options
+            users = {p.name: places.account_of(p, options.own, options.directory) for p in wanted}
+            if not wanted:
+                return Prepared(())
+            self._fetching = {p.name: p for p in wanted if p.name not in self._runners}
+            self._changed()
+            try:
+                running = [r.plugin.source.sha256 for r in self._runners.values()]
+                found = await self._packages.have(wanted, running)
+            finally:
+                self._fetching = {}
+                self._changed()
+        return Prepared(tuple(Ready(p, found[p.name], users[p.name]) for p in wanted))
+
+    async def switch(self, prepared: Prepared) -> None:
+        """Have exactly these run from now on; an old process ends before its new one begins.
+
+        What a plug-in wrote before it ended is read to its end. Never raises for a plug-in that
+        cannot start: its state says so.
+        """
+        async with self._one:
+            if self._ending:
+                return
+            wanted = {ready.plugin.name: ready for ready in prepared.plugins}
+            old = {
+                name: runner
+                for name, runner in self._runners.items()
+                if name not in wanted or wanted[name].plugin != runner.plugin
+            }
+            # To the end though the caller may be cancelled: else some would run twice.
+            await asyncio.shield(self._replace(old, wanted))
+
+    async def _replace(self, old: Mapping[str, Runner], wanted: Mapping[str, Ready]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for name in sorted({*old, *(n for n in wanted if n not in self._runners)}):
+                group.create_task(self._replace_one(old.get(name), wanted.get(name)))
+        used = [runner.package for runner in self._runners.values()]
+        await asyncio.to_thread(self._packages.forget, used)
+        self._changed()
+
+    async def _replace_one(self, old: Runner | None, ready: Ready | None) -> None:
+        if old is not None:
+            await old.end()
+        if ready is None:
+            assert old is not None
+            name = old.plugin.name
+            del self._runners[name]
+            self._metrics.forget_plugin(name)
+            await asyncio.to_thread(places.remove_work_directory, self._options.directory, name)
+            log.info("plug-in removed", plugin=name)
+            return
+        runner = Runner(ready.plugin, ready.package, ready.account, self._site)
+        if old is not None:
+            runner.counts = old.counts
+        self._runners[ready.plugin.name] = runner
+        runner.begin()
+
+    async def _clean(self) -> None:
+        """Once: end what an earlier agent left, and remove what it unpacked."""
+        if self._cleaned:
+            return
+        self._cleaned = True
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, end_left, self._options.node)
+        await asyncio.to_thread(self._packages.clear)
+        await asyncio.to_thread(cgroups.remove_left, self._options.cgroup_root)
+
+    # How they stand.
+
+    def states(self) -> list[pb.PluginState]:
+        """All plug-ins, by name."""
+        found = {name: runner.state for name, runner in self._runners.items()}
+        for name, plugin in self._fetching.items():
+            phase = pb.PLUGIN_PHASE_FETCHING
+            found[name] = pb.PluginState(name=name, version=plugin.version, phase=phase)
+        return [found[name] for name in sorted(found)]
+
+    def drift(self) -> list[str]:
+        """What differs from what was asked for, as sentences: files that somebody changed."""
+        return [
+            f"plug-in {name}: {runner.package.executable} was changed or removed by hand; it is "
+            "put back when the plug-in is started again"
+            for name, runner in sorted(self._runners.items())
+            if not runner.package.unchanged()
+        ]
+
+    def _changed(self) -> None:
+        now = [state.SerializeToString() for state in self.states()]
+        if now != self._told:
+            self._told = now
+            self.on_change()
+
+    # Tasks.
+
+    async def ask(self, name: str, data_type: int, data: str, timeout: float) -> Mapping[str, str]:
+        """Hand a task to a plug-in; the fields of its answer.
+
+        Raises:
+            PluginError: UnknownPlugin, PluginNotRunning, PluginFull, PluginEnded, or NoAnswer
+                after `timeout` seconds.
+        """
+        runner = self._runners.get(name)
+        if runner is None:
+            there = ", ".join(sorted(self._runners)) or "none"
+            text = f"this node has no such plug-in (it has: {there}); name one in an AgentConfig"
+            raise PluginError(name, "UnknownPlugin", text)
+        instance = runner.instance
+        if instance is None:
+            state = runner.state
+            phase = pb.PluginPhase.Name(state.phase).removeprefix("PLUGIN_PHASE_")
+            text = f"it does not run now ({phase}: {state.message or state.reason}); try later"
+            raise PluginError(name, "PluginNotRunning", text)
+        runner.counts.tasks += 1
+        runner.counts.task_bytes += len(data)
+        result = "answered"
+        try:
+            return await instance.tasks.ask(data_type, data, timeout)
+        except PluginError as error:
+            result = _TASK_RESULTS[error.reason]
+            raise
+        finally:
+            self._metrics.plugin_tasks.labels(name, result).inc()
+
+    # Life.
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look after them until `stop` is set; then end all, and read all that they wrote."""
+        heartbeat = time.monotonic() + self._options.settings.heartbeat_seconds
+        try:
+            while not stop.is_set():
+                seconds = await self._look()
+                if time.monotonic() >= heartbeat:
+                    heartbeat += self._options.settings.heartbeat_seconds
+                    runners = list(self._runners.values())
+                    for record in await asyncio.to_thread(self._watch.heartbeats, runners):
+                        self._sink.submit(record, RecordClass.TELEMETRY)
+                with contextlib.suppress(TimeoutError):
+                    seconds = min(seconds, max(0.0, heartbeat - time.monotonic()))
+                    async with asyncio.timeout(seconds):
+                        await stop.wait()
+        finally:
+            await asyncio.shield(self._end())
+
+    async def _look(self) -> float:
+        """Look at what they use; seconds until the next look."""
+        runners = list(self._runners.values())
+        if any(runner.instance for runner in runners):
+            uses = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._watch.look_up, runners
+            )
+            self._watch.judge(runners, await uses)
+        close = any(runner.needs_looks for runner in runners)
+        return CLOSE_SECONDS if close else CALM_SECONDS
+
+    async def _end(self) -> None:
+        async with self._one:
+            self._ending = True
+            runners = list(self._runners.values())
+            await asyncio.gather(*(runner.end() for runner in runners))
+        if self._lingering:
+            _, left = await asyncio.wait(self._lingering, timeout=LINGER_SECONDS)
+            for task in left:
+                log.error("records of a plug-in are lost: they could not be stored in time")
+                task.cancel()
+
+    def _linger(self, reader: asyncio.Task[None]) -> None:
+        self._lingering.add(reader)
+        reader.add_done_callback(self._lingering.discard)
+
+
+_TASK_RESULTS: Final = {"NoAnswer": "no_answer", "PluginFull": "full", "PluginEnded": "ended"}
+
+
+def end_left(node: str) -> None:
+    """Kill the plug-ins that an agent which was killed left behind. Blocks."""
+    tail = processes.mark_for("", node)
+    marks: set[str] = set()
+    for process in processes.scan():
+        mark = None if process.zombie else processes.mark_of(process.pid)
+        if mark is not None and mark.startswith("plugin/") and mark.endswith(tail):
+            marks.add(mark)
+            with contextlib.suppress(PermissionError):
+                processes.send(process, signal.SIGKILL)
+    for mark in marks:
+        log.warning("plug-in of an earlier agent ended", mark=mark)
+        processes.kill_all(mark, None, seconds=5.0, below=None)
