@@ -9,7 +9,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.8
 # uv from PATH would do, but its version decides what a lock file looks like.
 UV := .tools/uv/bin/uv
-MEMBERS := proto runtime operator agent cli
+MEMBERS := proto runtime operator agent cli plugin
 PROTOS := $(wildcard proto/src/outrider_proto/v1/*.proto)
 COMPILE := $(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --no-header -p 3.11 \
 	$(foreach m,$(MEMBERS),--no-emit-package outrider-$(m))
@@ -54,7 +54,7 @@ crds: setup ## write what is derived in the resource definitions, and the chart'
 # ---------------------------------------------------------------- checks and tests
 
 PYTEST = PYTHONPATH=tests $(BIN)/pytest
-CHECKED := proto/src runtime/src operator/src agent/src cli/src crds tests benchmarks
+CHECKED := proto/src runtime/src operator/src agent/src cli/src plugin/src examples crds tests benchmarks
 
 .PHONY: check
 check: setup ## everything fast: format, lint, types, layers, freshness, unit tests

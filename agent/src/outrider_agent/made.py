@@ -20,6 +20,7 @@ from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.core import accounts
 from outrider_agent.core.batching import BatchLimits
 from outrider_agent.core.policy import Policy
+from outrider_agent.plugins.manager import PluginsOptions
 from outrider_agent.settings import AgentSettings
 from outrider_agent.store.recorder import RecorderOptions
 from outrider_agent.tasks import lookup
@@ -53,6 +54,17 @@ def place(settings: AgentSettings) -> Place:
             own={str(os.geteuid()), own.name} if own else {str(os.geteuid())},
             host=tasks.allow_host,
         ),
+    )
+
+
+def plugins_options(settings: AgentSettings, where: Place) -> PluginsOptions:
+    """What this node says of plug-ins."""
+    directory = settings.plugins.directory or f"{settings.state.directory}/plugins"
+    return PluginsOptions(
+        settings.plugins,
+        settings.node.name,
+        Path(directory).absolute(),
+        tuple(where.policy.own),
     )
 
 

@@ -31,14 +31,24 @@ from outrider_agent.collectors.start import Collectors, paths_of
 from outrider_agent.configuring import Configuring
 from outrider_agent.core.effects import Welcomed
 from outrider_agent.core.leaving import stays_away
-from outrider_agent.made import PROGRAM, VERSION, builtins, identity, place, recorder_options
+from outrider_agent.made import (
+    PROGRAM,
+    VERSION,
+    builtins,
+    identity,
+    place,
+    plugins_options,
+    recorder_options,
+)
 from outrider_agent.metrics import AgentMetrics
+from outrider_agent.plugins.manager import Plugins
 from outrider_agent.settings import AgentSettings, check
 from outrider_agent.store.recorder import Recorder
 from outrider_agent.store.store import Store, StoreLimits, open_store
 from outrider_agent.tasks import processes
 from outrider_agent.tasks.execution import Host
 from outrider_agent.tasks.leaving import Exit, Leave, Marker
+from outrider_agent.tasks.program import Children
 from outrider_agent.tasks.supervisor import RunLimits, Supervisor
 from outrider_agent.uplink.uplink import Uplink
 
@@ -159,6 +169,7 @@ class _Agent:
     way_out: Exit
     started: float
     host: Host
+    plugins: Plugins
     configuring: Configuring | None = None
 
     @classmethod
@@ -185,11 +196,15 @@ class _Agent:
         store.on_append = uplink.batch_appended
         uplink.on_welcome = partial(_welcomed, recorder, uplink)
         health.live("store", store.check)
+        where, children = place(settings), Children()
+        plugins = Plugins(plugins_options(settings, where), recorder, metrics, children, threads)
         host = Host(
-            place=place(settings),
+            place=where,
             builtins=builtins(settings, paths, uplink),
             records=recorder,
             threads=threads,
+            children=children,
+            plugins=plugins,
         )
         run_limits = RunLimits(
             max_concurrent=settings.tasks.max_concurrent,
@@ -208,6 +223,7 @@ class _Agent:
             way_out,
             started,
             host,
+            plugins,
         )
 
     async def run(self, stop: Stop, leave: Stop, registry: CollectorRegistry) -> None:
@@ -224,6 +240,8 @@ class _Agent:
                 return group.create_task(part, name=name)
 
             recorder = start("recorder", self.recorder.run())
+            stop_plugins = asyncio.Event()
+            plugins = start("plug-ins", self.plugins.run(stop_plugins))
             rest = [
                 start("signals", _forward(stop, leave)),
                 start("store", self.store.watch()),
@@ -236,13 +254,16 @@ class _Agent:
             # After the supervisor's task, which takes what servers ask for.
             rest.append(start("uplink", self.uplink.run(self.supervisor)))
             await leave.wait()
+            await self.supervisor.drain(self.settings.tasks.drain_seconds)
+            # After the runs, which may wait for them; before the recorder: they write to the last.
+            stop_plugins.set()
+            await asyncio.wait({plugins})
             await self._end(recorder)
             for task in rest:
                 task.cancel()
 
     async def _end(self, recorder: asyncio.Task[None]) -> None:
-        """Runs first, then their output and results, then the records that are left."""
-        await self.supervisor.drain(self.settings.tasks.drain_seconds)
+        """What is left when nothing makes records any more: they go to the disk and the server."""
         if self.configuring is not None:
             await self.configuring.close()
         await self.recorder.finish()
@@ -267,8 +288,10 @@ class _Agent:
         made = Collectors(settings, heartbeat, self.recorder, self.metrics, registry)
         parts = made.parts()
         self.configuring = Configuring.build(
-            settings, self.uplink, made, self.recorder, self.metrics
+            settings, self.uplink, made, self.recorder, self.metrics, self.plugins
         )
+        applier = self.configuring.applier
+        self.plugins.on_change = lambda: applier.plugins_changed(self.plugins.states())
         self.host.children.on_start = self.configuring.limits.release
         return parts
 

@@ -510,6 +510,7 @@ def check(settings: AgentSettings) -> None:
 
 
 def _check_plugins(settings: AgentSettings) -> None:
+    """Refuse users, keys and files of plug-ins that are none, and users of runs."""
     for name, users in (
         ("tasks", settings.tasks.allowed_users),
         ("plugins", settings.plugins.allowed_users),

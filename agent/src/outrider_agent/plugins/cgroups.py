@@ -34,11 +34,13 @@ class Group:
         version: "v2" or "v1".
         memory: The one that bounds memory, None if there is none.
         cpu: The one that bounds processor time.
+        beside: In v1, where it goes instead of the agent's own groups, whose limits are not its.
     """
 
     version: str
     memory: Path | None
     cpu: Path | None
+    beside: tuple[Path, ...] = ()
 
     @property
     def folders(self) -> list[Path]:
@@ -48,14 +50,14 @@ class Group:
     @property
     def procs(self) -> list[str]:
         """The files that a process enters itself in."""
-        return [str(folder / "cgroup.procs") for folder in self.folders]
+        return [str(folder / "cgroup.procs") for folder in [*self.beside, *self.folders]]
 
     def members(self) -> set[int]:
         """Ids of its processes."""
         found: set[int] = set()
-        for name in self.procs:
+        for folder in self.folders:
             with contextlib.suppress(OSError):
-                found.update(int(word) for word in Path(name).read_text().split())
+                found.update(int(word) for word in (folder / "cgroup.procs").read_text().split())
         return found
 
     def out_of_memory(self) -> int:
@@ -107,15 +109,16 @@ def make(name: str, cpu_millis: int | None, memory_bytes: int | None, root: Path
         quota = max(1000, PERIOD * cpu_millis // 1000)
         values = {"cpu.cfs_period_us": str(PERIOD), "cpu.cfs_quota_us": str(quota)}
         cpu = _made(_own(root, "cpu"), name, values, ("cpu.cfs_quota_us",))
-    return Group("v1", memory, cpu)
+    if memory is None and cpu is None:
+        return Group("v1", None, None)  # the caller moves it where others of the agent's go
+    beside = [_own(root, n) for n, p in (("memory", memory), ("cpu", cpu)) if p is None]
+    return Group("v1", memory, cpu, tuple(path for path in beside if path is not None))
 
 
 def _make_v2(root: Path, name: str, cpu_millis: int | None, memory_bytes: int | None) -> Group:
     own = _own(root, "")
     if own is None or (cpu_millis is None and memory_bytes is None):
         return Group("v2", None, None)
-    if own.name == OWN:  # we moved there earlier
-        own = own.parent
     wanted = [n for n, v in (("cpu", cpu_millis), ("memory", memory_bytes)) if v is not None]
     have = _controllers(own, wanted)
     values: dict[str, str] = {}
@@ -172,7 +175,7 @@ def _family(pids: Sequence[int]) -> Iterator[int]:
 
 
 def _own(root: Path, controller: str) -> Path | None:
-    """The folder of the agent's own group; "" is v2's."""
+    """The folder of the group that the agent was started in; "" is v2's."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, names, path = line.split(":", 2)
@@ -180,7 +183,9 @@ def _own(root: Path, controller: str) -> Path | None:
                 mounted = root / controller if controller else root
                 found = mounted / path.lstrip("/")
                 # A path from outside our namespace leads nowhere: the mount itself is ours then.
-                return found if found.is_dir() else mounted
+                found = found if found.is_dir() else mounted
+                # The agent's own limits are a group beside those of plug-ins.
+                return found.parent if found.name.startswith(OWN) else found
     return None
 
 
@@ -211,7 +216,6 @@ def remove_left(root: Path = ROOT) -> None:
     folders = {_own(root, name) for name in ("memory", "cpu", "")}
     for own in folders - {None}:
         assert own is not None
-        above = own.parent if own.name == OWN else own
-        for left in above.glob(f"{PREFIX}*"):
+        for left in own.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
                 left.rmdir()

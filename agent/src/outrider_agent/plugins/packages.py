@@ -213,6 +213,7 @@ async def _run(request: bytes, seconds: float, children: Children, directory: Pa
     try:
         process = await in_thread("plug-in start", start)
         children.known.add(process.pid)
+        children.on_start(process.pid)
     finally:
         children.starting -= 1
 

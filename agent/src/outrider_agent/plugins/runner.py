@@ -219,6 +219,8 @@ class Runner:
                     await asyncio.shield(self._undo(starting.result()))
                 raise
             children.known.add(spawned.process.pid)
+            if self.group is None or not self.group.folders:
+                children.on_start(spawned.process.pid)
             return spawned
         finally:
             children.starting -= 1
