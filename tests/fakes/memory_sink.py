@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
+from outrider_operator.core.batch import Batch, message_of
 from outrider_operator.core.sink import Origin, SinkError
 from outrider_proto import limits
 from outrider_proto.v1.agent_pb2 import RecordBatch
@@ -53,17 +54,20 @@ class MemorySink:
         """Number of batches inside the sink."""
         return len(self._inside)
 
-    def store(self, origin: Origin, batch: RecordBatch) -> "asyncio.Future[None]":
+    def cost(self, batch: Batch) -> int:
+        return 0
+
+    def store(self, origin: Origin, batch: Batch) -> "asyncio.Future[None]":
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inside.append((origin, batch, future))
+        self._inside.append((origin, message_of(batch), future))
         if self.open.is_set():
             self._let_in()
         return future
 
-    async def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+    async def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         if self.aside_error is not None:
             raise self.aside_error
-        self.aside.append((origin, batch, reason))
+        self.aside.append((origin, message_of(batch), reason))
 
     def release(self, count: int) -> None:
         """Let so many through while it is closed, the oldest first."""

@@ -8,6 +8,7 @@ from fakes.gateway import eventually, make_batch
 from fakes.memory_sink import MemorySink
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_operator.core.batch import Batch, message_of
 from outrider_operator.core.sink import (
     Origin,
     SinkError,
@@ -112,17 +113,17 @@ class Sender:
         self.splits = splits
         self.told: list[tuple[str, int]] = []
 
-    def stored(self, batch: RecordBatch, size: int) -> None:
-        assert size == batch.ByteSize()
+    def stored(self, batch: Batch, size: int) -> None:
+        assert size == message_of(batch).ByteSize()
         self.told.append(("stored", batch.seq))
 
-    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+    def split(self, batch: Batch, size: int, max_bytes: int) -> None:
         self.told.append((f"split {max_bytes}", batch.seq))
 
-    def dropped(self, batch: RecordBatch, size: int) -> None:
+    def dropped(self, batch: Batch, size: int) -> None:
         self.told.append(("dropped", batch.seq))
 
-    def rejected(self, batch: RecordBatch, error: str) -> None:
+    def rejected(self, batch: Batch, error: str) -> None:
         self.told.append((f"rejected {error}", batch.seq))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from outrider_proto.v1.agent_pb2 import RecordBatch
+from outrider_operator.core.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ class Sink(Protocol):
         """Groups of data types that go to places of their own: agents are told."""
         ...
 
-    def store(self, origin: Origin, batch: RecordBatch) -> Awaitable[None]:
+    def cost(self, batch: Batch) -> int:
+        """Bytes that the sink itself will hold for a batch, from `store` until it is done."""
+        ...
+
+    def store(self, origin: Origin, batch: Batch) -> Awaitable[None]:
         """Store a batch; what is returned is done once it is safe, however long the sink needs.
 
         Takes no time itself: there is one call for each batch, so that a task for each would be
@@ -100,7 +104,7 @@ class Sink(Protocol):
         """
         ...
 
-    async def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+    async def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         """Keep a batch that can never be stored where people find it, with the reason.
 
         Whatever does not fit there either is cut, and said so; this never rejects.

@@ -1,13 +1,15 @@
 """The way of batches from all streams into the sink, within one bound for the whole process.
 
 Holds batches while the sink is away, up to the bound, and tries again; never says that a batch is
-stored before the sink does. Beyond the bound streams wait, and after a while batches are let go:
+stored before the sink does. The bound is of memory: the sink's copies count, and so does what waits
+for room. Beyond it streams wait, and after a while, or where too much waits, batches are let go:
 their agents keep them, and send them again when they are told to connect anew. There is no task, no
 timer and no line of log for a batch: a callback is all that one costs besides the sink itself.
 """
 
 import asyncio
 import functools
+import math
 import random
 import time
 from collections import deque
@@ -15,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.rates import Flow
 from outrider_operator.core.sink import Origin, Sink, SinkError, SinkRejectedError
 from outrider_operator.gateway.aside import Aside
@@ -33,9 +35,15 @@ RETRY_STEP: Final = 1024
 #: What a batch that waits takes besides its records, bytes, as measured: messages, futures, and
 #: what a sink keeps. Without it many small batches would hold many times the bound.
 BATCH_COST_BYTES: Final = 8 * limits.KIB
+#: The part of the bound that is kept for batches which wait for room; the others wait in vain.
+WAITING_SHARE: Final = 0.25
 #: A stream waits so long for room before its batches are let go, seconds. Its run reports wait
 #: behind them, so this is also how late a full sink can make them.
 PATIENCE_SECONDS: Final = 5.0
+#: Those whose batches were let go are told to come back when less than half of the bound is held,
+#: so many at once as would fill that again if each sent so many bytes, and so often, seconds.
+RETURN_BYTES: Final = 512 * limits.KIB
+RETURN_SECONDS: Final = 0.5
 #: From this share of the bound on agents are told to pause, until about that share is held as the
 #: sink goes, and so long in seconds at most and at least.
 NEARLY_FULL: Final = 0.75
@@ -57,31 +65,32 @@ class Owner(Protocol):
     def splits(self) -> bool:
         """A batch that is too large can be given back, to come again as smaller ones."""
 
-    def stored(self, batch: RecordBatch, size: int) -> None:
+    def stored(self, batch: Batch, size: int) -> None:
         """A batch is safe; `size` is what it was counted as."""
 
-    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+    def split(self, batch: Batch, size: int, max_bytes: int) -> None:
         """A batch is to come again, as batches of at most `max_bytes`."""
 
-    def dropped(self, batch: RecordBatch, size: int) -> None:
+    def dropped(self, batch: Batch, size: int) -> None:
         """A batch was not stored, and is not held any more: the owner is closed."""
 
-    def rejected(self, batch: RecordBatch, error: str) -> None:
+    def rejected(self, batch: Batch, error: str) -> None:
         """A batch can never be stored and is set aside; for the log, `stored` follows."""
 
 
 class Waiting:
     """One batch on its way into the sink."""
 
-    __slots__ = ("batch", "began", "origin", "owner", "size")
+    __slots__ = ("batch", "began", "cost", "origin", "owner", "size")
 
     def __init__(
-        self, owner: Owner, origin: Origin, batch: RecordBatch, size: int, began: float
+        self, owner: Owner, origin: Origin, batch: Batch, size: int, cost: int, began: float
     ) -> None:
         self.owner = owner
         self.origin = origin
         self.batch = batch
         self.size = size
+        self.cost = cost
         self.began = began
 
 
@@ -90,7 +99,7 @@ class Intake:
 
     Args:
         sink: where they are stored.
-        limit: most bytes of batches held at once, with what surrounds them.
+        limit: most bytes held at once for batches: theirs, the sink's, and what surrounds them.
         metrics: where they are counted.
 
     Attributes:
@@ -101,11 +110,14 @@ class Intake:
         self.patience = PATIENCE_SECONDS
         self.sink = sink
         self._metrics = metrics
-        self._limit = limit
-        self._budget = ByteBudget(limit)
+        self._limit = int(limit * (1 - WAITING_SHARE))
+        self._most_waiting = limit - self._limit
+        self._budget = ByteBudget(self._limit)
+        self._waiting = 0
         self._aside = Aside(sink, metrics, self._stored)
-        # Called once the sink stores a batch again: then there is room.
-        self._let_go: set[Callable[[], None]] = set()
+        # Called in this order when there is room again.
+        self._let_go: dict[Callable[[], None], None] = {}
+        self._returning: asyncio.TimerHandle | None = None
         self._again: deque[Waiting] = deque()
         self._step = 1
         self._backoff = Backoff(RETRY_BASE_SECONDS, RETRY_CAP_SECONDS)
@@ -120,13 +132,13 @@ class Intake:
             for name in ("stored", "unavailable", "rejected", "let_go", "dropped")
         }
         metrics.inflight_limit.set(limit)
-        metrics.inflight_bytes.set_function(lambda: self._budget.held)
+        metrics.inflight_bytes.set_function(lambda: self.held)
         metrics.batches_retrying.set_function(lambda: len(self._again))
 
     @property
     def held(self) -> int:
         """Bytes that are held now."""
-        return self._budget.held
+        return self._budget.held + self._waiting
 
     def pressure(self) -> float:
         """How long an agent is to pause because the sink is slow, seconds; mostly 0."""
@@ -139,15 +151,18 @@ class Intake:
         bounded = min(MOST_PAUSE_SECONDS, max(LEAST_PAUSE_SECONDS, seconds))
         return random.uniform(0.5, 1.0) * bounded
 
-    async def admit(self, count: int, size: int, *, patience: float | None) -> bool:
+    async def admit(self, batches: Sequence[tuple[Batch, int]], *, patience: float | None) -> bool:
         """Make room for batches, with patience in seconds (None: without end); False: none.
 
-        After True, `store` or `release` must follow.
+        After True, `store` must follow.
         """
-        cost = size + count * BATCH_COST_BYTES
+        cost = sum(self._cost(batch, size) for batch, size in batches)
         if self._budget.take_at_once(cost):
             return True
-        if patience != 0:
+        size = sum(size for _, size in batches)
+        # Who waits without end keeps its batches anyway: they are nowhere else.
+        if patience is None or (patience and self._waiting + size <= self._most_waiting):
+            self._waiting += size
             try:
                 async with asyncio.timeout(patience):
                     await self._budget.take(cost)
@@ -155,31 +170,31 @@ class Intake:
                 pass
             else:
                 return True
-        self._results["let_go"].inc(count)
+            finally:
+                self._waiting -= size
+        self._results["let_go"].inc(len(batches))
         return False
 
     def when_room(self, call: Callable[[], None]) -> None:
-        """Have `call` called once, as soon as the sink stores batches again."""
-        self._let_go.add(call)
+        """Have `call` called once, when there is room because the sink stores batches again."""
+        self._let_go[call] = None
 
     def forget(self, call: Callable[[], None]) -> None:
         """Undo `when_room`."""
-        self._let_go.discard(call)
+        self._let_go.pop(call, None)
 
-    def release(self, count: int, size: int) -> None:
-        """Give the room of admitted batches back."""
-        self._budget.give_back(size + count * BATCH_COST_BYTES)
+    def _cost(self, batch: Batch, size: int) -> int:
+        """Bytes that are held for a batch: the same until it is settled."""
+        return size + self.sink.cost(batch) + BATCH_COST_BYTES
 
-    def store(
-        self, owner: Owner, origin: Origin, batches: Sequence[tuple[RecordBatch, int]]
-    ) -> None:
+    def store(self, owner: Owner, origin: Origin, batches: Sequence[tuple[Batch, int]]) -> None:
         """Have admitted batches stored, each with its size, however long the sink needs.
 
         The owner is told of each when it is safe, or is not to be.
         """
         began = time.monotonic()
         for batch, size in batches:
-            waiting = Waiting(owner, origin, batch, size, began)
+            waiting = Waiting(owner, origin, batch, size, self._cost(batch, size), began)
             began = 0.0  # the first of a message stands for all in the histogram
             if self._again:
                 self._again.append(waiting)  # behind those that wait longer
@@ -188,8 +203,10 @@ class Intake:
 
     def close(self) -> None:
         """Try nothing again from now on."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._returning):
+            if timer is not None:
+                timer.cancel()
+        self._let_go.clear()
         self._again.clear()
         self._aside.close()
 
@@ -217,10 +234,10 @@ class Intake:
             asyncio.get_running_loop().call_soon(self._count)
         self._batches += 1
         self._records += waiting.batch.count
-        self._bytes += waiting.size + BATCH_COST_BYTES
+        self._bytes += waiting.cost
         if waiting.began:
             self._metrics.store_seconds.observe(time.monotonic() - waiting.began)
-        self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+        self._budget.give_back(waiting.cost)
         waiting.owner.stored(waiting.batch, waiting.size)
 
     def _count(self) -> None:
@@ -229,13 +246,23 @@ class Intake:
         self._metrics.records.inc(self._records)
         self._flow.add(self._bytes, time.monotonic())
         self._batches = self._records = self._bytes = 0
-        calls, self._let_go = self._let_go, set()
-        for call in calls:
-            call()
+        if self._let_go and self._returning is None:
+            self._call_back()
         if self._again:  # the sink takes batches again: more and more of them at once
             self._step = min(RETRY_STEP, 2 * self._step)
             self._backoff.reset()
             self._try_again()
+
+    def _call_back(self) -> None:
+        """Tell some of those whose batches were let go that there is room."""
+        room = HALF_FULL * self._limit - self.held
+        for call in list(self._let_go)[: max(0, math.ceil(room / (2 * RETURN_BYTES)))]:
+            del self._let_go[call]
+            call()
+        self._returning = None
+        if self._let_go:
+            loop = asyncio.get_running_loop()
+            self._returning = loop.call_later(RETURN_SECONDS, self._call_back)
 
     def _reject(self, waiting: Waiting, error: SinkRejectedError) -> None:
         self._results["rejected"].inc()
@@ -244,7 +271,7 @@ class Intake:
             self._drop(waiting)
         elif error.max_bytes and batch.count > 1 and owner.splits:
             self._metrics.batch_rejects.labels("too_large", "split").inc()
-            self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+            self._budget.give_back(waiting.cost)
             owner.split(batch, waiting.size, error.max_bytes)
         else:
             reason = "too_large" if error.max_bytes else "other"
@@ -279,5 +306,5 @@ class Intake:
 
     def _drop(self, waiting: Waiting) -> None:
         self._results["dropped"].inc()
-        self._budget.give_back(waiting.size + BATCH_COST_BYTES)
+        self._budget.give_back(waiting.cost)
         waiting.owner.dropped(waiting.batch, waiting.size)

@@ -7,7 +7,7 @@ its token, and another one is refused.
 
 import enum
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,9 +24,10 @@ from outrider_proto.v1.agent_pb2 import (
 )
 from outrider_proto.wire import beyond
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.identity import Identity
 from outrider_operator.core.sink import NO_ENVELOPE, Envelope
-from outrider_operator.gateway.glance import besides_records
+from outrider_operator.gateway.glance import Glance, besides_records
 
 #: Longest texts in a Hello, characters: they end up in Agent objects.
 HELLO_TEXT_LENGTH: Final = 128
@@ -84,7 +85,7 @@ class BatchesCame:
         size: of all of them, bytes.
     """
 
-    batches: list[tuple[RecordBatch, int]]
+    batches: Sequence[tuple[Batch, int]]
     records: int
     size: int
 
@@ -153,11 +154,12 @@ class SessionProtocol:
         plain: whether a stream may have plain records, without hello, instead.
     """
 
-    __slots__ = ("_identity", "_plain", "state")
+    __slots__ = ("_glance", "_identity", "_plain", "state")
 
     def __init__(self, identity: Identity, *, plain: bool = False) -> None:
         self._identity = identity
         self._plain = plain
+        self._glance = Glance()
         self.state = State.AWAITING_HELLO
 
     def receive(self, data: bytes) -> Event:
@@ -190,6 +192,12 @@ class SessionProtocol:
                 "RESOURCE_EXHAUSTED",
                 "TooLarge",
                 f"a message of {len(data)} bytes; at most {limits.MESSAGE_BYTES}",
+            )
+        if self.state is State.OPEN and (seen := self._glance.batches(data)):
+            return BatchesCame(
+                seen,
+                records=sum(batch.count for batch, _ in seen),
+                size=sum(size for _, size in seen),
             )
         if len(data) > COUNTED_BYTES and besides_records(data) > COUNTED_BYTES:
             path = beyond(data, ENTRIES)

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
-from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.identity import Identity
 from outrider_operator.core.sink import NO_ENVELOPE, Envelope, Origin
 from outrider_operator.gateway.hub import TOKEN_EXPIRED, End, Hub
@@ -203,21 +203,21 @@ class Stream:
 
     # As an owner of batches.
 
-    def stored(self, batch: RecordBatch, size: int) -> None:
+    def stored(self, batch: Batch, size: int) -> None:
         """A batch is safe."""
         del batch
         self._give_back(1, size)
 
-    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+    def split(self, batch: Batch, size: int, max_bytes: int) -> None:
         """Never called: this stream does not split."""
         raise AssertionError(f"a batch of {size} bytes cannot be split here ({max_bytes=})")
 
-    def dropped(self, batch: RecordBatch, size: int) -> None:
+    def dropped(self, batch: Batch, size: int) -> None:
         """A batch is not held any more."""
         del batch
         self._give_back(1, size)
 
-    def rejected(self, batch: RecordBatch, error: str) -> None:
+    def rejected(self, batch: Batch, error: str) -> None:
         """A batch is set aside."""
         self._rejects += 1
         if self._rejects > TOLD_REJECTS:

@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import Command, DataTypes, Drain, RecordBatch, Welcome
+from outrider_proto.v1.agent_pb2 import Command, DataTypes, Drain, Welcome
 from outrider_proto.v1.fleet_pb2 import AgentSession
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.identity import Identity
 from outrider_operator.core.rates import Pauses
 from outrider_operator.gateway.auth import current_identity
@@ -35,6 +37,7 @@ from outrider_operator.gateway.session import (
     SessionProtocol,
 )
 from outrider_operator.gateway.stream import CLOSE_SECONDS, STREAM_BATCHES, Shared, Stream
+from outrider_operator.settings import GatewaySettings
 
 #: Refusing a peer that reads nothing must not wait for it for ever, seconds.
 ABORT_SECONDS: Final = 5.0
@@ -43,6 +46,9 @@ ABORT_SECONDS: Final = 5.0
 #: sends what it has room for: many small acknowledgements would make many small messages of it.
 GATHER_SECONDS: Final = 0.05
 GATHER_SHARE: Final = 0.25
+
+#: Window of an agent when there are many, bytes: some batches of the usual size.
+LEAST_WINDOW_BYTES: Final = 128 * limits.KIB
 
 log = get_logger(__name__)
 
@@ -101,6 +107,7 @@ class AgentStream(Stream):
     __slots__ = (
         "_acked_bytes",
         "_gather",
+        "_granted",
         "_letting_go",
         "_outgoing",
         "_pauses",
@@ -125,6 +132,7 @@ class AgentStream(Stream):
         self._writing_since = 0.0
         self._sent_at = 0.0
         self._acked_bytes = 0
+        self._granted = 0
         self._letting_go = False
         self.config_report = b""
         self.info = AgentSession(
@@ -187,13 +195,14 @@ class AgentStream(Stream):
     def _welcome(self) -> Command:
         shared = self._shared
         sink = shared.intake.sink
+        self._granted = window(shared.settings, len(shared.hub))
         return Command(
             welcome=Welcome(
                 server=shared.replica,
                 version=shared.version,
                 agent_id=self._identity.node_uid,
                 expires_unix_nanos=int(self.expires * 1e9),
-                window_bytes=shared.settings.window_bytes,
+                window_bytes=self._granted,
                 window_batches=STREAM_BATCHES,
                 max_batch_bytes=sink.max_batch_bytes,
                 separate=[DataTypes(data_types=group) for group in sink.separate],
@@ -223,6 +232,8 @@ class AgentStream(Stream):
                     self._wake()
                 elif isinstance(event, Refused):
                     return self.refuse(event)
+                # Else it would be kept until the next one comes, with all that it holds.
+                del event
         except (grpc.RpcError, grpc.aio.BaseError):
             return PEER_GONE
         return await self._finish()
@@ -245,11 +256,12 @@ class AgentStream(Stream):
 
         A message may hold more than the window: then it goes in parts.
         """
+        debt = self._slow_down(came)
         window = self._shared.settings.window_bytes
         if came.size <= window:
             await self._take_part(came.batches, came.size)
         else:
-            part: list[tuple[RecordBatch, int]] = []
+            part: list[tuple[Batch, int]] = []
             held = 0
             for batch, size in came.batches:
                 if part and held + size > window:
@@ -258,15 +270,17 @@ class AgentStream(Stream):
                 part.append((batch, size))
                 held += size
             await self._take_part(part, held)
-        await self._slow_down(came)
+        if debt:
+            self._shared.metrics.held_reads.inc()
+            await asyncio.sleep(debt)
 
-    async def _take_part(self, part: list[tuple[RecordBatch, int]], size: int) -> None:
+    async def _take_part(self, part: Sequence[tuple[Batch, int]], size: int) -> None:
         intake, count = self._shared.intake, len(part)
         await self._window(count, size)
         admitted = False
         try:
             patience = 0 if self._letting_go else intake.patience
-            admitted = await intake.admit(count, size, patience=patience)
+            admitted = await intake.admit(part, patience=patience)
         finally:
             if not admitted:
                 self._give_back(count, size)
@@ -279,16 +293,19 @@ class AgentStream(Stream):
             log.warning("batches let go, the sink takes none", node=self.info.node)
 
     def _tell_again(self) -> None:
-        spread = self._shared.settings.drain_spread_seconds
-        self.tell_drain("batches were let go while the sink took none: send them again", spread)
+        # At once: the intake tells no more agents than there is room for.
+        self.tell_drain("batches were let go while the sink took none: send them again", 0.0)
 
-    async def _slow_down(self, came: BatchesCame) -> None:
-        """Ask the agent for a pause where it sends more than its share, or the sink is slow."""
+    def _slow_down(self, came: BatchesCame) -> float:
+        """Ask the agent for a pause where it sends more than its share, or the sink is slow.
+
+        Returns the seconds for which it is not to be read: it was asked before.
+        """
         shared = self._shared
         debt = shared.limiter.spend(self._identity.node_uid, came.records, came.size)
         pressure = shared.intake.pressure()
         if not (debt or pressure):
-            return
+            return 0.0
         pauses = self._pauses = self._pauses or Pauses()
         tell, hold = pauses.step(max(debt, pressure), time.monotonic())
         if tell:
@@ -297,13 +314,11 @@ class AgentStream(Stream):
             texts = {"limit": "more than this agent's share", "sink": "the record sink is slow"}
             self._out().slow_down(math.ceil(tell * 1000), texts[reason])
             self._wake()
-        if hold and debt:
-            shared.metrics.held_reads.inc()
-            await asyncio.sleep(min(hold, debt))
+        return min(hold, debt)
 
     # As an owner of batches.
 
-    def stored(self, batch: RecordBatch, size: int) -> None:
+    def stored(self, batch: Batch, size: int) -> None:
         """A batch is safe: acknowledge it, with all others of this turn of the loop."""
         self._give_back(1, size)
         if self.closed:
@@ -316,7 +331,7 @@ class AgentStream(Stream):
         if self._writer is None:
             self._wake_for_acks()
 
-    def split(self, batch: RecordBatch, size: int, max_bytes: int) -> None:
+    def split(self, batch: Batch, size: int, max_bytes: int) -> None:
         """A batch is too large: the agent makes smaller ones of it."""
         self._give_back(1, size)
         if self.closed:
@@ -337,7 +352,7 @@ class AgentStream(Stream):
     def _wake_for_acks(self) -> None:
         """Send acknowledgements now, or with those that follow soon."""
         loop = asyncio.get_running_loop()
-        share = GATHER_SHARE * self._shared.settings.window_bytes
+        share = GATHER_SHARE * self._granted
         if self._acked_bytes >= share or loop.time() - self._sent_at >= GATHER_SECONDS:
             self._wake()
         elif self._gather is None:
@@ -384,6 +399,16 @@ class AgentStream(Stream):
         self._sent_at = asyncio.get_running_loop().time()
         self._shared.metrics.messages_down.inc()
         self._shared.metrics.bytes_down.inc(len(data))
+
+
+def window(settings: GatewaySettings, streams: int) -> int:
+    """Bytes that an agent may have on their way, with so many streams open, its own included.
+
+    What an agent has sent and the gateway has no room for yet is in buffers of its connection and
+    in the message that is being read, so that many agents get less each.
+    """
+    fair = settings.max_inflight_bytes // max(1, streams)
+    return min(settings.window_bytes, max(LEAST_WINDOW_BYTES, fair))
 
 
 def _address(peer: str) -> str:

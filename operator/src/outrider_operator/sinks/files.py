@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.health import Health
 from outrider_runtime.logs import get_logger
 from outrider_runtime.settings import SettingsError
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.sink import Origin, SinkUnavailableError
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import FileSinkSettings
@@ -48,7 +48,7 @@ NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 log = get_logger(__name__)
 
 Result = TypeVar("Result")
-Waiting = tuple[Origin, RecordBatch, int, asyncio.Future[None]]
+Waiting = tuple[Origin, Batch, int, asyncio.Future[None]]
 
 
 class FileSink:
@@ -89,7 +89,11 @@ class FileSink:
         """No data types go to places of their own."""
         return ()
 
-    def store(self, origin: Origin, batch: RecordBatch) -> asyncio.Future[None]:
+    def cost(self, batch: Batch) -> int:
+        """A batch is copied when it is written."""
+        return len(batch.records)
+
+    def store(self, origin: Origin, batch: Batch) -> asyncio.Future[None]:
         """Store a batch; done when it is as safe as `fsync` says.
 
         Raises (when awaited):
@@ -107,7 +111,7 @@ class FileSink:
         self._wake.set()
         return future
 
-    async def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+    async def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         """Keep a batch in a file of such that can never be stored, beside the others.
 
         Raises:

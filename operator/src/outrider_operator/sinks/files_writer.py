@@ -14,10 +14,10 @@ from typing import Final
 
 import zstandard
 from outrider_proto import limits, stored
-from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_proto.v1.sink_pb2 import StoredBatch
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.batch import Batch, message_of
 from outrider_operator.core.sink import Origin
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import FileSinkSettings
@@ -92,7 +92,7 @@ class RotatedFiles:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def append(self, batches: Sequence[tuple[Origin, RecordBatch]]) -> int:
+    def append(self, batches: Sequence[tuple[Origin, Batch]]) -> int:
         """Write batches, and flush them to the disk as the settings say; returns their bytes.
 
         Raises:
@@ -144,7 +144,7 @@ class RotatedFiles:
                 self._leave()
                 raise
 
-    def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+    def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         """Add a batch that can never be stored to a file of such, flushed whatever the policy.
 
         Raises:
@@ -290,7 +290,7 @@ class RotatedFiles:
         self._metrics.sink_file_bytes.set(total)
 
 
-def _parts(batches: Sequence[tuple[Origin, RecordBatch]]) -> list[list[bytes]]:
+def _parts(batches: Sequence[tuple[Origin, Batch]]) -> list[list[bytes]]:
     """Batches as they stand in a file, in parts that a reader can hold."""
     parts: list[list[bytes]] = [[]]
     size = 0
@@ -304,13 +304,13 @@ def _parts(batches: Sequence[tuple[Origin, RecordBatch]]) -> list[list[bytes]]:
     return parts
 
 
-def _frame(origin: Origin, batch: RecordBatch, reason: str = "") -> bytes:
+def _frame(origin: Origin, batch: Batch, reason: str = "") -> bytes:
     return stored.frame(
         StoredBatch(
             agent_id=origin.agent_id,
             node=origin.node,
             server_unix_nanos=origin.received_unix_nanos,
-            batch=batch,
+            batch=message_of(batch),
             reason=reason,
         )
     )

@@ -15,10 +15,10 @@ from typing import Final
 
 from confluent_kafka import KafkaException
 from outrider_proto import limits
-from outrider_proto.v1.agent_pb2 import RecordBatch
 from outrider_runtime.health import Health
 from outrider_runtime.settings import address
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.routing import Routes
 from outrider_operator.core.sink import (
     Origin,
@@ -73,7 +73,7 @@ class KafkaSink:
             silent=lambda: time.monotonic() - self._moved_at if self._sendings else 0.0,
         )
         # What came while there was no producer, in order.
-        self._early: deque[tuple[Sending, Origin, RecordBatch]] = deque()
+        self._early: deque[tuple[Sending, Origin, Batch]] = deque()
         self._sendings: set[Sending] = set()
         self._stopped = False
         # Limits that a broker did not keep to, and that were read again for it.
@@ -108,7 +108,11 @@ class KafkaSink:
     def _producer(self) -> KafkaProducer | None:
         return self._connection.producer
 
-    def store(self, origin: Origin, batch: RecordBatch) -> "asyncio.Future[None]":
+    def cost(self, batch: Batch) -> int:
+        """The library has a copy of each message until it is stored."""
+        return len(batch.records) if self._writer is None else cost_of(batch)
+
+    def store(self, origin: Origin, batch: Batch) -> "asyncio.Future[None]":
         """Store a batch; done once all replicas in sync have it, waits while no broker answers.
 
         Raises (when awaited):
@@ -133,7 +137,7 @@ class KafkaSink:
             self._send(sending, origin, batch)
         return future
 
-    async def set_aside(self, origin: Origin, batch: RecordBatch, reason: str) -> None:
+    async def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         """Put a batch into the dead-letter topic, cut to what that takes.
 
         Raises:
@@ -206,7 +210,7 @@ class KafkaSink:
         self._sendings.add(sending)
         self._pending_bytes += sending.cost
 
-    def _send(self, sending: Sending, origin: Origin, batch: RecordBatch) -> None:
+    def _send(self, sending: Sending, origin: Origin, batch: Batch) -> None:
         if self._writer is not None:
             self._writer.put(sending, origin, batch)
             return

@@ -10,6 +10,7 @@ from outrider_proto import records
 from outrider_proto.v1.agent_pb2 import Codec, EncodedRecord, RecordBatch
 from outrider_proto.v1.sink_pb2 import MQData
 
+from outrider_operator.core.batch import Batch
 from outrider_operator.core.sink import Origin
 
 Headers = list[tuple[str, str]]
@@ -39,7 +40,7 @@ class Messages:
     def __init__(self) -> None:
         self._agents: dict[str, _Fixed] = {}
 
-    def batch(self, origin: Origin, batch: RecordBatch) -> tuple[bytes, Headers]:
+    def batch(self, origin: Origin, batch: Batch) -> tuple[bytes, Headers]:
         """Key and headers of the message whose value is `batch.records`."""
         fixed = self._agents.get(origin.agent_id)
         if fixed is None or fixed.node != origin.node:
@@ -59,7 +60,7 @@ class Messages:
         ]
 
     def dead_letter(
-        self, origin: Origin, batch: RecordBatch, reason: str, room: int
+        self, origin: Origin, batch: Batch, reason: str, room: int
     ) -> tuple[bytes, Headers, bytes]:
         """Key, headers and value of what is set aside; the value has at most `room` bytes."""
         key, headers = self.batch(origin, batch)

@@ -12,6 +12,7 @@ from typing import Final
 from outrider_proto import batches, limits
 from outrider_proto.v1.agent_pb2 import EncodedRecord, RecordBatch
 
+from outrider_operator.core.batch import Batch, message_of
 from outrider_operator.core.routing import Routes
 from outrider_operator.core.sink import Origin, SinkRejectedError
 from outrider_operator.sinks.kafka_messages import Headers, one_by_one
@@ -27,7 +28,7 @@ MESSAGE_COST_BYTES: Final = 512
 Produce = Callable[[str, bytes, bytes, Headers, Sending], None]
 
 
-def cost_of(batch: RecordBatch) -> int:
+def cost_of(batch: Batch) -> int:
     """What a batch takes while its messages wait, bytes."""
     opened = max(len(batch.records), batch.decompressed_bytes)
     return opened + batch.count * MESSAGE_COST_BYTES
@@ -47,10 +48,10 @@ class RecordWriter:
         self._produce = produce
         self._room = room
         # Bounded by the sink, which counts what it lets in here.
-        self._waiting: deque[tuple[Sending, Origin, RecordBatch]] = deque()
+        self._waiting: deque[tuple[Sending, Origin, Batch]] = deque()
         self._some = asyncio.Event()
 
-    def put(self, sending: Sending, origin: Origin, batch: RecordBatch) -> None:
+    def put(self, sending: Sending, origin: Origin, batch: Batch) -> None:
         """Have a batch written; `sending` must count one message, which stands for the opening."""
         self._waiting.append((sending, origin, batch))
         self._some.set()
@@ -63,16 +64,18 @@ class RecordWriter:
                 await self._write(*self._waiting.popleft())
             self._some.clear()
 
-    async def _write(self, sending: Sending, origin: Origin, batch: RecordBatch) -> None:
+    async def _write(self, sending: Sending, origin: Origin, batch: Batch) -> None:
         if sending.left <= 0:
             return
+        message = message_of(batch)
         try:
-            opened = await _open(batch)
+            opened = await _open(message)
         except batches.BatchError as error:
             sending.fail(SinkRejectedError(f"the batch cannot be opened: {error}"))
             return
         key = origin.agent_id.encode()
-        for number, (data_type, headers, value) in enumerate(one_by_one(origin, batch, opened), 1):
+        made = one_by_one(origin, message, opened)
+        for number, (data_type, headers, value) in enumerate(made, 1):
             for topic in self._routes.of_type(data_type):
                 if len(value) > self._room(topic):
                     sending.fail(_too_large(topic, number - 1, len(value)))
