@@ -192,12 +192,20 @@ def test_retry_sets_a_new_value_each_time(cluster, capsys, monkeypatch) -> None:
 
 def test_there_is_nothing_to_try_again_once_it_is_settled(cluster, capsys) -> None:
     stands(cluster, "bbb2", "bbb2", "Settled")
+    cluster.set_status("web", counts={"targeted": 3, "applied": 3, "failed": 0})
     assert run(cluster, "retry web") == 0
     assert "skipped retry (revision bbb2 is settled)" in capsys.readouterr().out
     assert "annotations" not in cluster.configs["web"]["metadata"]
     cluster.change("web", spec(20))
     with pytest.raises(ClusterError, match="no server has looked"):
         run(cluster, "retry web")
+
+
+def test_nodes_that_failed_though_it_settled_are_asked_again(cluster, capsys) -> None:
+    stands(cluster, "bbb2", "bbb2", "Settled")
+    assert run(cluster, "retry web") == 0
+    assert cluster.configs["web"]["metadata"]["annotations"]["outrider.dev/retry"]
+    assert "revision bbb2: 1 node that could not take it: asked again" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- status

@@ -27,6 +27,7 @@ from outrider_cli.core.configs import (
     revisions_of,
     state,
 )
+from outrider_cli.core.text import plural
 from outrider_cli.errors import ClusterError, ConflictError, Exit, NotFoundError
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def _write(cluster: Cluster, body: dict[str, Any], goal: Revision, *, dry_run: b
 
 def _retry(cluster: Cluster, name: str, dry_run: str) -> int:
     config = config_of(cluster.agent_config(name))
-    if config.seen and config.phase in (SETTLED, "") and config.settled == config.target != "":
+    settled = config.phase in (SETTLED, "") and config.settled == config.target != ""
+    failed = int(config.counts.get("failed", 0))
+    if config.seen and settled and not failed:
         terminal.write(f"{KIND}/{name} skipped retry (revision {config.settled} is settled)\n")
         return Exit.OK
     if not config.seen or not config.target:
@@ -123,8 +126,13 @@ def _retry(cluster: Cluster, name: str, dry_run: str) -> int:
         value = datetime.now(UTC).isoformat(timespec="milliseconds")
         cluster.annotate_agent_config(name, RETRY, value, dry_run=dry_run == "server")
     terminal.write(f"{KIND}/{name} retried{_NOTE[dry_run]}\n")
-    again = "begins anew" if config.phase != ROLLED_BACK else "is tried again"
-    terminal.say(f"{name}: revision {config.target} {again}, from the canary on")
+    if settled:
+        again = f"{plural(failed, 'node')} that could not take it: asked again"
+    elif config.phase == ROLLED_BACK:
+        again = "is tried again, from the canary on"
+    else:
+        again = "begins anew, from the canary on"
+    terminal.say(f"{name}: revision {config.target}: {again}")
     if dry_run == "none":
         terminal.say(f"{name}: to follow it: kubectl outrider config status {name}")
     return Exit.OK

@@ -98,7 +98,7 @@ def remarks(desired: Wanted, report: Report) -> list[str]:
     """What people should know besides the values: a line each."""
     lines = []
     if desired.problem:
-        lines.append(f"it cannot be made, so nothing is asked of the agent: {desired.problem}")
+        lines.append(f"it cannot be made, so the agent keeps what it has: {desired.problem}")
     for conflict in desired.conflicts:
         others = ", ".join(conflict.unheard)
         lines.append(
