@@ -30,6 +30,7 @@ class AgentMetrics:
         self._records(registry)
         self._store(registry)
         self._runs(registry)
+        self._plugins(registry)
         self._config(registry)
         self._listeners(registry)
         self.collections = Histogram(

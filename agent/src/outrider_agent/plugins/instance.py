@@ -99,6 +99,15 @@ class Instance:
         self._records = asyncio.create_task(self._read_records(), name=f"records of {self.name}")
         self._prints = asyncio.create_task(self._read_prints(), name=f"prints of {self.name}")
         self._writer = asyncio.create_task(self.tasks.run(), name=f"tasks of {self.name}")
+        for task in (self._records, self._prints, self._writer):
+            task.add_done_callback(self._part_ended)
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        """A fault of ours must not leave a plug-in that nobody reads."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("a fault of the agent in a plug-in", plugin=self.name, exc_info=error)
+            self.blame("InternalError", f"a fault in the agent: {error}")
 
     def blame(self, reason: str, text: str) -> None:
         """Have it ended for something; the first fault counts."""

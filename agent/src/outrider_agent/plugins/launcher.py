@@ -25,6 +25,9 @@ def main() -> None:
             file.seek(0)
             job = json.load(file)
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in job["descriptors"]]
+        # What we inherited would stay open in the plug-in, and 3 and 4 may be among it.
+        for fd in (int(sys.argv[2]), *job["descriptors"]):
+            os.close(fd)
         for place, fd in enumerate(moved):
             os.dup2(fd, 3 + place)  # inherited from here on
         for name in job["cgroups"]:
