@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,12 @@ class AgentProcess:
 
 
 async def start_agent(
-    folder: Path, target: str, authority: Authority, *flags: str, name: str = "agent"
+    folder: Path,
+    target: str,
+    authority: Authority,
+    *flags: str,
+    name: str = "agent",
+    program: Sequence[str] = ("-m", "outrider_agent"),
 ) -> AgentProcess:
     """Start an agent with its state and files in a folder."""
     folder.mkdir(exist_ok=True)
@@ -63,8 +68,7 @@ async def start_agent(
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "outrider_agent",
+            *program,
             "--node.name=node-a",
             f"--server.target={target}",
             f"--server.ca-file={ca}",

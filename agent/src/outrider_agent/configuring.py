@@ -47,6 +47,10 @@ class PluginManager(Protocol):
         """How they stand, by name."""
         ...
 
+    def drift(self) -> list[str]:
+        """What differs from what was asked for, besides their states: sentences."""
+        ...
+
 
 @dataclass
 class _Plain:
@@ -276,8 +280,8 @@ class PluginsPart:
         await self.put(await self._prepared(wanted), wanted)
 
     async def check(self) -> list[str]:
-        """Nothing: their states are told by themselves."""
-        return []
+        """Files that were changed; whether they run is told by their states."""
+        return self._manager.drift()
 
 
 @dataclass
