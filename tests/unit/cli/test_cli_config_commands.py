@@ -97,6 +97,10 @@ def test_one_revision_is_shown_with_what_it_changed(cluster, capsys) -> None:
     assert "-    intervalSeconds: 5\n+    intervalSeconds: 10\n" in out
     assert run(cluster, "history web --diff") == 0
     assert "-    intervalSeconds: 10\n+    intervalSeconds: 15\n" in capsys.readouterr().out
+    assert run(cluster, "history web --revision aaa1 --diff") == 0
+    first = capsys.readouterr().out
+    assert first.startswith("--- web before it was made\n+++ web@aaa1\n")
+    assert "+    intervalSeconds: 5\n" in first
     with pytest.raises(ClusterError, match="no revision 'x'; there are: aaa1, bbb2, ccc3"):
         run(cluster, "history web --revision x")
     del cluster.revisions["web-aaa1"]
@@ -160,7 +164,7 @@ def test_a_status_that_is_written_meanwhile_is_no_conflict(cluster, capsys) -> N
 
 def test_a_spec_that_is_changed_meanwhile_stays(cluster) -> None:
     def meanwhile(name: str) -> None:
-        if name == "replace_agent_config":
+        if name == "replace_agent_config" and cluster.requests.count(name) == 1:
             cluster.change("web", spec(99))
 
     cluster.before = meanwhile
