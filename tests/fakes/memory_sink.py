@@ -35,10 +35,12 @@ class MemorySink:
         error: set, batches are refused with it.
         aside_error: set, batches are not set aside, with it.
         aside: what was set aside, with the reason.
+        copies: it counts a copy of each batch, as other sinks do.
         refuse: where it returns an error, that batch is refused with it.
     """
 
     def __init__(self) -> None:
+        self.copies = False
         self.stored: list[tuple[Origin, RecordBatch]] = []
         self.open = Gate(self._let_in)
         self.error: SinkError | None = None
@@ -55,7 +57,7 @@ class MemorySink:
         return len(self._inside)
 
     def cost(self, batch: Batch) -> int:
-        return 0
+        return len(batch.records) if self.copies else 0
 
     def store(self, origin: Origin, batch: Batch) -> "asyncio.Future[None]":
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

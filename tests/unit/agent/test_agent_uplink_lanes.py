@@ -469,3 +469,16 @@ def test_the_server_that_gave_us_a_time_is_tried_first() -> None:
     routes = plan(["a:1", "b:1", "c:1"], private="p:1", prefer="c:1")
     assert [route.address for route in routes] == ["c:1", "a:1", "b:1", "p:1"]
     assert [route.address for route in plan(["a:1"], prefer="gone:1")] == ["a:1"]
+
+
+def test_another_window_counts_for_what_is_sent_from_then_on() -> None:
+    window = Window(100, 10)
+    window.sent(1, Lane.RESULTS, 60)
+    assert window.room(Lane.RESULTS, 40) is Room.FITS
+    window.resize(80)
+    assert window.room(Lane.RESULTS, 40) is Room.FULL
+    assert window.room(Lane.RESULTS, 20) is Room.FITS
+    window.resize(0)  # says nothing
+    assert window.room(Lane.RESULTS, 21) is Room.FULL
+    window.resize(200)
+    assert window.room(Lane.RESULTS, 140) is Room.FITS

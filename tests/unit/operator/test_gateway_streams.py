@@ -415,7 +415,7 @@ class TestStreams:
 
 class TestSinkAway:
     async def test_reports_pass_and_agents_are_told_to_send_again(self, tmp_path: Path) -> None:
-        limit = limits.BATCH_BYTES  # room for four of the batches below
+        limit = 6 * limits.MIB  # room for four of the batches below, and one that waits
         async with (
             running_gateway(tmp_path, max_inflight_bytes=limit) as running,
             running.connect() as channel,

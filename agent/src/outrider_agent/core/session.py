@@ -258,6 +258,8 @@ class Session:
             if not command.HasField("welcome"):
                 raise ProtocolError("the server's first message holds no welcome")
             effects.append(self._welcome(command.welcome, now, wall_nanos))
+        elif command.HasField("welcome"):
+            self._window.resize(command.welcome.window_bytes)
         effects += self._acknowledge(command.batch_acks)
         for reject in command.batch_rejects:
             effects += self._reject(reject)

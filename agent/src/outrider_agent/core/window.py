@@ -80,6 +80,10 @@ class Window:
         self._backlog = _Held()
         self._resting = False
 
+    def resize(self, most_bytes: int) -> None:
+        """Have another bound from now on, for what is sent; 0: the same."""
+        self._bytes = most_bytes or self._bytes
+
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of batches that were neither acknowledged nor refused."""

@@ -80,6 +80,23 @@ class SeenBatch:
         self.data_types = data_types
         self._tail = tail
 
+    @classmethod
+    def of(cls, message: RecordBatch) -> "SeenBatch":
+        """The same as a message, which is of no use afterwards."""
+        found = (
+            message.epoch,
+            message.seq,
+            int(message.codec),
+            message.records,
+            message.count,
+            message.decompressed_bytes,
+            tuple(message.data_types),
+        )
+        for field in cls.__slots__:
+            if field != "_tail":
+                message.ClearField(field)  # type: ignore[arg-type]  # they are named alike
+        return cls(*found, tail=message.SerializeToString())
+
     def message(self) -> RecordBatch:
         """The same as the agent's message."""
         made = RecordBatch(

@@ -52,7 +52,12 @@ class AckRanges:
 
     def add(self, epoch: int, seq: int) -> None:
         """Acknowledge one batch; again is harmless."""
-        ranges = self._ranges.setdefault(epoch, [])
+        ranges = self._ranges.get(epoch)
+        if ranges is None:
+            ranges = self._ranges[epoch] = []
+        elif ranges[-1][1] == seq - 1:  # as nearly always
+            ranges[-1] = (ranges[-1][0], seq)
+            return
         at = bisect_right(ranges, (seq, 2**64))
         before = ranges[at - 1] if at else None
         after = ranges[at] if at < len(ranges) else None
@@ -146,6 +151,10 @@ class Outgoing:
     def drain(self, drain: Drain) -> None:
         """Tell the agent to go elsewhere."""
         self._first.drain.CopyFrom(drain)
+
+    def window(self, most_bytes: int) -> None:
+        """Give the agent another window; agents that do not know of it keep theirs."""
+        self._first.welcome.window_bytes = most_bytes
 
     def ask_for_runs(self) -> None:
         """Ask for a complete run report."""

@@ -67,6 +67,7 @@ class PlainStream(Stream):
         try:
             while True:
                 await self._take(came.records)
+                came.records.clear()  # others still refer to the list
                 event = await self._read()
                 if event is None:
                     break
@@ -90,7 +91,7 @@ class PlainStream(Stream):
             # Room is given back by whoever settles the batch, but not before it is handed over.
             admitted = False
             try:
-                admitted = await self._shared.intake.admit(1, size, patience=None)
+                admitted = await self._shared.intake.admit([(batch, size)], patience=None)
             finally:
                 if not admitted:
                     self._give_back(1, size)

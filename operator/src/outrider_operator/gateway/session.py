@@ -24,7 +24,7 @@ from outrider_proto.v1.agent_pb2 import (
 )
 from outrider_proto.wire import beyond
 
-from outrider_operator.core.batch import Batch
+from outrider_operator.core.batch import Batch, SeenBatch
 from outrider_operator.core.identity import Identity
 from outrider_operator.core.sink import NO_ENVELOPE, Envelope
 from outrider_operator.gateway.glance import Glance, besides_records
@@ -327,14 +327,15 @@ def _batches(came: list[RecordBatch]) -> Event:
         return _invalid(
             "TooManyBatches", f"{len(came)} batches; at most {limits.BATCHES_PER_MESSAGE} a message"
         )
-    sized = []
+    sized: list[tuple[Batch, int]] = []
     records = size = 0
     for batch in came:
         problem = batches.check(batch)
         if problem:
             return _invalid("BadBatch", problem)
         one = batch.ByteSize()
-        sized.append((batch, one))
+        # A copy of its own: the batches of a parsed message are kept as long as one of them is.
+        sized.append((SeenBatch.of(batch), one))
         records += batch.count
         size += one
     return BatchesCame(sized, records, size)

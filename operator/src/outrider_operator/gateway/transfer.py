@@ -49,6 +49,8 @@ GATHER_SHARE: Final = 0.25
 
 #: Window of an agent when there are many, bytes: some batches of the usual size.
 LEAST_WINDOW_BYTES: Final = 128 * limits.KIB
+#: All windows together are such a part of the bound at most, but for that.
+UNREAD_PART: Final = 4
 
 log = get_logger(__name__)
 
@@ -164,6 +166,8 @@ class AgentStream(Stream):
     def sweep(self, now: float, monotonic: float) -> None:
         """Look at the clock: the token's end, and a write that does not come to its own."""
         super().sweep(now, monotonic)
+        if self._granted:
+            self._grant(window(self._shared.settings, len(self._shared.hub)))
         began = self._writing_since
         if began and monotonic - began > self._shared.settings.write_timeout_seconds:
             self.end(TOO_SLOW)
@@ -191,6 +195,13 @@ class AgentStream(Stream):
             self._stop_writing()
             log.info("stream ended", node=node, session=session, reason=end.reason)
         return end
+
+    def _grant(self, most: int) -> None:
+        """Give the agent another window where the share it has is far from what it is now."""
+        if not self._granted / 2 < most < self._granted * 2:
+            self._granted = most
+            self._out().window(most)
+            self._wake()
 
     def _welcome(self) -> Command:
         shared = self._shared
@@ -351,12 +362,14 @@ class AgentStream(Stream):
 
     def _wake_for_acks(self) -> None:
         """Send acknowledgements now, or with those that follow soon."""
-        loop = asyncio.get_running_loop()
-        share = GATHER_SHARE * self._granted
-        if self._acked_bytes >= share or loop.time() - self._sent_at >= GATHER_SECONDS:
+        if self._acked_bytes >= GATHER_SHARE * self._granted:
             self._wake()
         elif self._gather is None:
-            self._gather = loop.call_later(GATHER_SECONDS, self._wake)
+            loop = asyncio.get_running_loop()
+            if loop.time() - self._sent_at >= GATHER_SECONDS:
+                self._wake()
+            else:
+                self._gather = loop.call_later(GATHER_SECONDS, self._wake)
 
     def _wake(self) -> None:
         """Have what waits sent, by a task that is there only as long as something waits."""
@@ -407,7 +420,7 @@ def window(settings: GatewaySettings, streams: int) -> int:
     What an agent has sent and the gateway has no room for yet is in buffers of its connection and
     in the message that is being read, so that many agents get less each.
     """
-    fair = settings.max_inflight_bytes // max(1, streams)
+    fair = settings.max_inflight_bytes // (UNREAD_PART * max(1, streams))
     return min(settings.window_bytes, max(LEAST_WINDOW_BYTES, fair))
 
 

@@ -1079,7 +1079,9 @@ class Welcome(_message.Message):
     the Unix epoch.
     """
     window_bytes: _builtins.int
-    """Most bytes of batches the agent may have sent without acknowledgement."""
+    """Most bytes of batches the agent may have sent without acknowledgement. Alone in a later message
+    of the stream: its new value from then on.
+    """
     window_batches: _builtins.int
     """Most batches the agent may have sent without acknowledgement; 0: not stated."""
     max_batch_bytes: _builtins.int
