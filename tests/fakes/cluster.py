@@ -150,10 +150,6 @@ class MemoryCluster:
         self._request("list_nodes")
         return copy.deepcopy(list(self.nodes.values()))
 
-    async def write_config_status(self, name: str, status: Mapping[str, Any]) -> Object:
-        self._request("write_config_status")
-        return {"metadata": {"name": name}, "status": dict(status)}
-
     def _request(self, name: str) -> None:
         self.requests.append(name)
         self.fault(name)

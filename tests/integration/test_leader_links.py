@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 from fakes.certificates import SERVER_NAME, Authority
 from fakes.cluster import MemoryCluster
+from fakes.configs import MemoryConfigs
 from fakes.gateway import RawAgent, RunningGateway, eventually, open_stream, running_gateway
 from outrider_operator.fleet import controller as controller_module
 from outrider_operator.fleet import orphans
@@ -44,7 +45,7 @@ class Leader:
             gateways="x:1",
         )
         self.addresses = [Address("127.0.0.1", gateway.gateway.port)]
-        self.controller = Controller(cluster, ServerSettings(), metrics)
+        self.controller = Controller(cluster, MemoryConfigs(), ServerSettings(), metrics)
         self.links = Links(
             settings,
             f"leader-{term}",

@@ -20,6 +20,7 @@ from outrider_operator.fleet.controller import RESYNC_SECONDS, Controller
 from outrider_operator.fleet.links import Links
 from outrider_operator.fleet.schedules import Schedules
 from outrider_operator.kube.client import FencedClient, KubeClient
+from outrider_operator.kube.configs import ConfigObjects
 from outrider_operator.kube.lease import Candidate
 from outrider_operator.kube.objects import ClusterStore
 from outrider_operator.kube.schedules import ScheduleObjects
@@ -75,7 +76,8 @@ class Leadership:
                 identity = f"{self._replica}_{secrets.token_hex(4)}"
                 candidate = Candidate(self._kube, self._settings.leader, namespace, identity)
                 group.create_task(
-                    candidate.campaign(lambda term: self._lead(term, candidate)), name="election"
+                    candidate.campaign(lambda term: self._lead(term, candidate, namespace)),
+                    name="election",
                 )
 
     async def _probe(self) -> None:
@@ -87,7 +89,7 @@ class Leadership:
                 self._health.set("api", False, str(error))
             await asyncio.sleep(PROBE_SECONDS)
 
-    async def _lead(self, term: int, candidate: Candidate) -> None:
+    async def _lead(self, term: int, candidate: Candidate, namespace: str) -> None:
         fenced = FencedClient(self._kube, lambda: candidate.leads)
         cluster = ClusterStore(
             fenced, self._replica, lambda result: self._metrics.events_posted.labels(result).inc()
@@ -96,7 +98,8 @@ class Leadership:
         self._metrics.leads.set(1)
         self._metrics.leader_terms.inc()
         try:
-            controller = Controller(cluster, self._settings, self._metrics)
+            configs = ConfigObjects(fenced, cluster, namespace)
+            controller = Controller(cluster, configs, self._settings, self._metrics)
             await _until_done(controller.load, "the cluster cannot be read")
             # Tasks do not wait for schedules: what cannot be read now, the watches show later.
             await _tried(schedules.resync)
@@ -106,6 +109,7 @@ class Leadership:
                 schedules.changed(change)
 
             async def resync() -> list[Object]:
+                await _tried(controller.reread_configs)
                 return [*await controller.resync(), *(await _tried(schedules.resync) or [])]
 
             links = Links(self._settings.fleet, self._replica, term, controller, self._metrics)

@@ -23,6 +23,7 @@ class ServerMetrics:
         self._add_link()
         self._add_sink()
         self._add_leader()
+        self._add_configs()
         self._add_schedules()
         self._add_api_server()
 
@@ -175,6 +176,23 @@ class ServerMetrics:
         )
         self.agent_writes = self._counter(
             "agent_writes_total", "Writes of Agent objects, by result.", "result"
+        )
+
+    def _add_configs(self) -> None:
+        self.configs = self._gauge("configs", "AgentConfigs known to the leader.")
+        self.rollouts = self._gauge("config_rollouts", "AgentConfigs, by phase.", "phase")
+        self.config_sends = self._counter(
+            "config_sends_total",
+            "Configurations sent to agents: first, or again for want of an answer.",
+            "result",
+        )
+        self.config_told = self._counter(
+            "config_states_total", "Reports of agents the leader took, by their phase.", "phase"
+        )
+        self.config_settle_seconds = self._histogram(
+            "config_settle_seconds",
+            "Time from the beginning of a change until it has settled.",
+            (1, 2.5, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400),
         )
 
     def _add_schedules(self) -> None:

@@ -220,8 +220,8 @@ def reports(draw: st.DrawFn, wanted: Desired) -> Report | None:
 
 
 def test_what_was_refused_before_it_was_asked_again_does_not_count() -> None:
-    asked = wanted(revision("a", 1))
-    report = Report(tried=asked.packed.hash, refused=True, at=10.0)
+    asked = wanted()
+    report = Report(hash="old", tried=asked.packed.hash, refused=True, at=10.0)
     before = NodeState({}, connected=1.0, told=5.0, report=report)
     assert stand(before, asked, frozenset(), 0.0)[0] is Standing.FAILED
     again = replace(before, told=20.0)

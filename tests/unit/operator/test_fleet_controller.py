@@ -2,6 +2,7 @@
 
 import pytest
 from fakes.cluster import MemoryCluster
+from fakes.configs import MemoryConfigs
 from outrider_operator.core.ports import ClusterUnavailableError, ConflictError, NotFoundError
 from outrider_operator.fleet.controller import Controller
 from outrider_operator.metrics import ServerMetrics
@@ -18,7 +19,9 @@ async def test_what_is_refused_again_and_again_is_tried_less_and_less_often(
 ) -> None:
     cluster = MemoryCluster()
     uid = cluster.add_task("t", PING)["metadata"]["uid"]
-    controller = Controller(cluster, ServerSettings(), ServerMetrics(CollectorRegistry()))
+    controller = Controller(
+        cluster, MemoryConfigs(), ServerSettings(), ServerMetrics(CollectorRegistry())
+    )
     await controller.load()
 
     def fault(request: str) -> None:
@@ -41,7 +44,9 @@ async def test_what_is_refused_again_and_again_is_tried_less_and_less_often(
 async def test_a_task_that_is_gone_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = MemoryCluster()
     uid = cluster.add_task("t", PING)["metadata"]["uid"]
-    controller = Controller(cluster, ServerSettings(), ServerMetrics(CollectorRegistry()))
+    controller = Controller(
+        cluster, MemoryConfigs(), ServerSettings(), ServerMetrics(CollectorRegistry())
+    )
     await controller.load()
     cluster.delete("t")
     waits: list[float] = []

@@ -167,7 +167,10 @@ class Merger:
         """What comes of these revisions. `parts`: sorted."""
         made = self._made.get(parts)
         if made is None:
-            made = _merge(parts, [configs[c].revisions[r] for c, r in parts])
+            revisions = [configs[c].revisions[r] for c, r in parts]
+            made = _merge(parts, revisions)
+            if any(revision.lost for revision in revisions):
+                return made  # it may be found again
             self._made[parts] = made
             if len(self._made) > CACHED:
                 self._made.popitem(last=False)

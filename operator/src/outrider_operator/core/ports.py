@@ -143,14 +143,45 @@ class NodeStore(Protocol):
 
 
 class ConfigStore(Protocol):
-    """AgentConfigs."""
+    """AgentConfigs and their revisions."""
 
-    async def write_config_status(self, name: str, status: Mapping[str, Any]) -> Object:
-        """Change the status of an AgentConfig. Raises NotFoundError."""
+    async def list_configs(self) -> list[Object]:
+        """All AgentConfigs."""
+
+    async def get_config(self, name: str) -> Object:
+        """One AgentConfig. Raises NotFoundError."""
+
+    async def write_config_status(
+        self, config: Mapping[str, Any], status: Mapping[str, Any]
+    ) -> Object:
+        """Replace the status at this resourceVersion. Raises ConflictError, NotFoundError."""
+
+    async def list_revisions(self) -> list[Object]:
+        """The ControllerRevisions of all AgentConfigs."""
+
+    async def list_revision_names(self) -> list[str]:
+        """The names of those, which is much less to read."""
+
+    async def create_revision(self, revision: Mapping[str, Any]) -> Object:
+        """Make a ControllerRevision. Raises ConflictError where there is one of its name."""
+
+    async def get_revision(self, name: str) -> Object:
+        """One ControllerRevision. Raises NotFoundError."""
+
+    async def number_revision(self, name: str, number: int) -> Object:
+        """Give a ControllerRevision another number. Raises NotFoundError."""
+
+    async def delete_revision(self, name: str) -> None:
+        """Delete a ControllerRevision. Raises NotFoundError."""
+
+    async def tell(
+        self, subject: Mapping[str, Any], kind: Literal["Normal", "Warning"], reason: str, text: str
+    ) -> None:
+        """Post a Kubernetes Event about an object; never fails, is only worth trying."""
 
 
-class Cluster(TaskStore, AgentStore, ConfigStore, NodeStore, Protocol):
-    """All the controller needs of the API server."""
+class Cluster(TaskStore, AgentStore, NodeStore, Protocol):
+    """What the controller needs of the API server for tasks and agents."""
 
 
 class Outbox(Protocol):

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from outrider_proto.v1.fleet_pb2 import AgentSession
+
 from outrider_operator.core.nodes import NodeFacts
 from outrider_operator.core.plans import AgentView, Roster
 from outrider_operator.core.status import condition
@@ -43,6 +45,26 @@ class Session:
     kernel: str = ""
     instance: str = ""
     reported: float | None = None
+
+
+def session_of(told: AgentSession, gateway: str, server: str, since: float) -> Session:
+    """A stream as the gateway told of it, its texts cut to what an Agent object takes."""
+    hello = told.hello
+    return Session(
+        node=told.node,
+        node_uid=told.node_uid,
+        session=told.session,
+        gateway=gateway,
+        server=server,
+        since=since,
+        pod=told.pod[:253],
+        address=told.address[:256],
+        version=hello.version[:128],
+        net_mode=hello.net_mode[:16],
+        platform=hello.platform[:128],
+        kernel=hello.kernel[:256],
+        instance=hello.instance[:128],
+    )
 
 
 @dataclass(frozen=True)

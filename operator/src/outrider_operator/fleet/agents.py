@@ -36,6 +36,7 @@ class AgentKeeper:
         registry: who is connected.
         nodes: all Nodes, by name.
         now: seconds since the Unix epoch.
+        config_of: what the Agent of a node is to say of its configuration; None: what it says.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class AgentKeeper:
         settings: AgentSettings,
         metrics: ServerMetrics,
         now: Callable[[], float],
+        config_of: Callable[[str], dict[str, Any] | None] = lambda _: None,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -53,6 +55,7 @@ class AgentKeeper:
         self._settings = settings
         self._metrics = metrics
         self._now = now
+        self._config_of = config_of
         self._known: dict[str, Mapping[str, Any]] = {}
         self._nodeless: dict[str, float] = {}
         self._queue = WorkQueue(asyncio.get_running_loop().time)
@@ -121,6 +124,9 @@ class AgentKeeper:
         previous = body.get("status") or {}
         generation = body["metadata"].get("generation", 1)
         made = agent_status(session, departure, previous, generation, self._now())
+        config = self._config_of(node)
+        if config is not None:
+            made["config"] = config
         if made == previous:
             return
         try:

@@ -21,14 +21,15 @@ from outrider_operator.core.ports import (
     Cluster,
     ClusterError,
     ClusterUnavailableError,
+    ConfigStore,
     ConflictError,
     NotFoundError,
     Object,
     Outbox,
 )
-from outrider_operator.core.registry import Registry, Session
+from outrider_operator.core.registry import Registry, session_of
 from outrider_operator.fleet.agents import AgentKeeper
-from outrider_operator.fleet.configs import ConfigNotices
+from outrider_operator.fleet.configs import Configs
 from outrider_operator.fleet.orphans import Orphans
 from outrider_operator.fleet.queue import WorkQueue
 from outrider_operator.fleet.tasks import TaskRunner, World
@@ -49,12 +50,19 @@ class Controller:
     """Carries out all tasks. Make it on the event loop it is to live on.
 
     Args:
-        cluster: the API server.
+        cluster: the API server, for tasks and agents.
+        configs: the same, for AgentConfigs.
         settings: all of the server's.
         metrics: the server's.
     """
 
-    def __init__(self, cluster: Cluster, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        configs: ConfigStore,
+        settings: ServerSettings,
+        metrics: ServerMetrics,
+    ) -> None:
         self._cluster = cluster
         self._settings = settings.tasks
         self._metrics = metrics
@@ -62,15 +70,30 @@ class Controller:
         self._nodes: dict[str, Mapping[str, str]] = {}
         self._facts: dict[str, NodeFacts] = {}
         self.registry = Registry(time.time())
+        self._configs = Configs(
+            configs,
+            self.registry,
+            self._nodes,
+            self._facts,
+            self._send,
+            self._write_agent,
+            metrics,
+            time.time,
+        )
         self._agents = AgentKeeper(
-            cluster, self.registry, self._nodes, settings.agents, metrics, time.time
+            cluster,
+            self.registry,
+            self._nodes,
+            settings.agents,
+            metrics,
+            time.time,
+            self._configs.agent_config,
         )
         self._tasks: dict[str, TaskRunner] = {}
         #: Those that have not ended: what comes and goes concerns them only.
         self._open: dict[str, TaskRunner] = {}
         self._backoffs: dict[str, Backoff] = {}
         self._queue = WorkQueue(self._loop.time)
-        self._configs = ConfigNotices(cluster, time.time)
         self._orphans = Orphans(self._send, metrics, time.time)
         self._lost_links: dict[str, asyncio.TimerHandle] = {}
         self._servers: dict[str, str] = {}
@@ -96,6 +119,7 @@ class Controller:
         """
         self._take_nodes(await self._cluster.list_nodes())
         await self._agents.load()
+        await self._configs.load()
         return await self.resync()
 
     async def resync(self) -> list[Object]:
@@ -187,6 +211,7 @@ class Controller:
             self._facts[name] = facts(body)
         if before != (self._nodes.get(name), self._facts.get(name)):
             self._wake_concerned(name)
+            self._configs.node_changed(name)
 
     def _take_nodes(self, bodies: Iterable[Mapping[str, Any]]) -> None:
         found = {body["metadata"]["name"]: body for body in bodies}
@@ -204,6 +229,10 @@ class Controller:
         """Read all Nodes anew. Raises ClusterError."""
         self._take_nodes(await self._cluster.list_nodes())
 
+    async def reread_configs(self) -> None:
+        """Read all AgentConfigs anew. Raises ClusterError."""
+        await self._configs.resync()
+
     # What the gateways say.
 
     def linked(self, gateway: str, hello: LinkResponse) -> None:
@@ -217,14 +246,14 @@ class Controller:
                 self._left(session.node, session.session, "Closed")
         self._joined(gateway, hello.hello.replica, hello.joined)
         self._servers[gateway] = hello.hello.replica
-        self._take_reports(hello.run_reports)
+        self._take_reports(hello)
 
     def received(self, gateway: str, message: LinkResponse) -> None:
         """A gateway told of streams and runs."""
         for left in message.left:
             self._left(left.node, left.session, left.reason)
         self._joined(gateway, self._servers.get(gateway, gateway), message.joined)
-        self._take_reports(message.run_reports)
+        self._take_reports(message)
 
     def unlinked(self, gateway: str) -> None:
         """A link ended: its agents are given a while to show up, there or elsewhere."""
@@ -240,21 +269,7 @@ class Controller:
 
     def _joined(self, gateway: str, server: str, sessions: Iterable[AgentSession]) -> None:
         for told in sessions:
-            session = Session(
-                node=told.node,
-                node_uid=told.node_uid,
-                session=told.session,
-                gateway=gateway,
-                server=server,
-                since=time.time(),
-                pod=told.pod[:253],
-                address=told.address[:256],
-                version=told.hello.version[:128],
-                net_mode=told.hello.net_mode[:16],
-                platform=told.hello.platform[:128],
-                kernel=told.hello.kernel[:256],
-                instance=told.hello.instance[:128],
-            )
+            session = session_of(told, gateway, server, time.time())
             if self.registry.joined(session):
                 self._agent_changed(told.node)
 
@@ -262,14 +277,20 @@ class Controller:
         if self.registry.left(node, session, reason[:64], time.time()):
             self._agent_changed(node)
 
+    def _write_agent(self, node: str) -> None:
+        self._agents.changed(node)
+
     def _agent_changed(self, node: str) -> None:
         # A stream that is replaced ends and begins again within moments: one write for both.
         self._agents.changed(node, 0.2)
         self._wake_concerned(node)
+        self._configs.node_changed(node)
 
-    def _take_reports(self, reports: Iterable[NodeRunReport]) -> None:
-        for report in reports:
+    def _take_reports(self, message: LinkResponse) -> None:
+        for report in message.run_reports:
             self._take_report(report)
+        for told in message.config_reports:
+            self._configs.reported(told)
 
     def _take_report(self, told: NodeRunReport) -> None:
         runs = told.report.runs[: limits.RUNS_PER_MESSAGE]

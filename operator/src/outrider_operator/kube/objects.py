@@ -155,11 +155,6 @@ class ClusterStore:
         except ValueError as error:
             raise ClusterError(f"GET /api/v1/nodes: {error}") from error
 
-    async def write_config_status(self, name: str, status: Mapping[str, Any]) -> Object:
-        """Change the status of an AgentConfig."""
-        target = path(*GROUP, "agentconfigs", name) + "/status"
-        return await self._kube.merge_patch(target, {"status": dict(status)})
-
     async def tell(
         self, subject: Mapping[str, Any], kind: Literal["Normal", "Warning"], reason: str, text: str
     ) -> None:
