@@ -110,6 +110,10 @@ BENCH = PYTHONPATH=tests:benchmarks $(BIN)/python -m
 bench-fanout: setup ## time, memory and writes of one task on 5,000 agents (10 minutes; AGENTS=500 for a look)
 	$(BENCH) swarm.fanout --agents $(or $(AGENTS),5000) --profile
 
+.PHONY: bench-config
+bench-config: setup ## time, writes and processor time of one AgentConfig on 5,000 agents (10 minutes; AGENTS=500 for a look)
+	$(BENCH) swarm.config --agents $(or $(AGENTS),5000) --profile
+
 .PHONY: bench-salt
 bench-salt: setup ## the same job by Salt and by Outrider on 50 nodes (NODES=10 for a look)
 	$(BENCH) swarm.salt --nodes $(or $(NODES),50)

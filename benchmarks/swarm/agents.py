@@ -3,8 +3,8 @@
 Why it exists: thousands of agents as processes of their own would need a hundred times the memory
 of what they measure. Each agent in here has its own TLS connection, its own token and its own
 stream, finds and loses servers as the real one does (the very code of it), and answers to runs as
-the real one would: accepted, running, succeeded with a line of output. It must not execute
-anything, and keeps its journal in memory.
+the real one would: accepted, running, succeeded with a line of output; and to configurations:
+applying, applied or failed. It must not execute or apply anything, and keeps its journal in memory.
 
     python -m swarm.agents SETTINGS.json
 """
@@ -29,6 +29,7 @@ from outrider_agent.core.storage import Backlog, Waiting
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.settings import ServerSettings
 from outrider_agent.uplink.uplink import Identity, Uplink
+from outrider_proto.effective import unpack
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_runtime import logs
 from outrider_runtime.metrics import new_registry
@@ -56,6 +57,8 @@ class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
         start_seconds: the agents start spread over this time.
         begin_seconds: time from accepting a run to its start, at most.
         run_seconds: time from its start to its end, at most.
+        config_seconds: time to put a configuration into force, at most.
+        config_failures: share of the agents that refuse every configuration but the first.
         members: the agents.
     """
 
@@ -66,6 +69,8 @@ class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
     start_seconds: float
     begin_seconds: float
     run_seconds: float
+    config_seconds: float = 0.2
+    config_failures: float = 0.0
     members: list[Member]
 
 
@@ -80,6 +85,8 @@ class Tally:
         repeated: attempts that were sent again; each is answered with its state and not begun.
         finished: attempts that ended.
         acknowledged: results that servers have acknowledged.
+        configs: configurations that were sent.
+        applied: configurations put into force.
     """
 
     connected: int = 0
@@ -88,6 +95,8 @@ class Tally:
     repeated: int = 0
     finished: int = 0
     acknowledged: int = 0
+    configs: int = 0
+    applied: int = 0
     problems: dict[str, int] = field(default_factory=dict)
 
     def problem(self, text: str) -> None:
@@ -210,6 +219,52 @@ class PretendedRuns:
         self._changed(state)
 
 
+class PretendedConfig:
+    """The configuration of one agent: opened and checked as the real one does, and then in force.
+
+    Args:
+        settings: how long that takes, and how many refuse.
+        tally: of the process.
+        changed: called when there is something to report; the uplink.
+    """
+
+    def __init__(self, settings: SwarmSettings, tally: Tally, changed: Callable[[], None]) -> None:
+        self._settings = settings
+        self._tally = tally
+        self._changed = changed
+        self._report = pb.ConfigReport(phase=pb.CONFIG_PHASE_NONE)
+        self._refuses = random.random() < settings.config_failures
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ask(self, config: pb.EffectiveConfig) -> None:
+        """A server asks for this one."""
+        self._tally.configs += 1
+        unpack(config)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._report.tried_hash = config.hash
+        self._report.phase = pb.CONFIG_PHASE_APPLYING
+        self._changed()
+        delay = random.uniform(0, self._settings.config_seconds)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._end, config.hash)
+
+    def answered(self) -> None:
+        """Nothing failed at the start."""
+
+    def report(self) -> pb.ConfigReport:
+        """How it stands."""
+        return self._report
+
+    def _end(self, digest: str) -> None:
+        if self._refuses and self._report.hash:
+            self._report.phase, self._report.message = pb.CONFIG_PHASE_FAILED, "as it was told to"
+        else:
+            self._report.phase, self._report.hash = pb.CONFIG_PHASE_APPLIED, digest
+            self._report.message = ""
+            self._tally.applied += 1
+        self._changed()
+
+
 class Connection:
     """Counts in a tally whether one agent is connected."""
 
@@ -248,6 +303,7 @@ async def run_member(
     )
     envelope = pb.PackagedData(hostname=member.node, version="0.1.0-swarm", product="outrider")
     uplink = Uplink(server, Identity(hello, envelope), NoOutbox(), metrics, Connection(tally))
+    uplink.config = PretendedConfig(settings, tally, uplink.config_changed)
     await uplink.run(PretendedRuns(settings, tally, uplink.run_changed))
 
 

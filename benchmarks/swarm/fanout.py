@@ -105,10 +105,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="outrider-bench-"))
     with ControlPlane(folder) as plane:
         try:
-            bench = _begin(plane, options, report, steps, profiler)
+            bench = begin(plane, options, report, steps, profiler)
             _measure(bench, options, steps)
         finally:
-            _keep_logs(folder)
+            keep_logs(folder, "bench-fanout-logs")
     return 0 if report.table() else 1
 
 
@@ -124,7 +124,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _begin(
+def begin(
     plane: ControlPlane,
     options: argparse.Namespace,
     report: measure.Report,
@@ -388,9 +388,9 @@ def _kill(bench: Bench) -> None:
     bench.report.bound("all agents back after kill -9", seconds, "s", MOST_RETURN_SECONDS)
 
 
-def _keep_logs(folder: Path) -> None:
+def keep_logs(folder: Path, name: str) -> None:
     """Save the logs: the folder goes."""
-    kept = OUTPUT.parent / "bench-fanout-logs"
+    kept = OUTPUT.parent / name
     kept.mkdir(parents=True, exist_ok=True)
     for log in (folder / "log").glob("outrider-*.log"):
         (kept / log.name).write_bytes(log.read_bytes())

@@ -29,6 +29,7 @@ class Herd:
         tokens: the token's file of each node.
         per_process: agents in one process.
         begin_seconds, run_seconds: how long runs take at most.
+        config_failures: share of the agents that refuse configurations.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Herd:
         per_process: int,
         begin_seconds: float = 0.05,
         run_seconds: float = 0.2,
+        config_failures: float = 0.0,
     ) -> None:
         self._programs = programs
         self._folder = programs.folder / "swarm"
@@ -55,6 +57,7 @@ class Herd:
                 start_seconds=len(members) / STARTS_PER_SECOND,
                 begin_seconds=begin_seconds,
                 run_seconds=run_seconds,
+                config_failures=config_failures,
                 members=members[start : start + per_process],
             )
 

@@ -5,7 +5,7 @@ Kept up to date node by node, for thousands of them are looked at again and agai
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from outrider_proto.v1 import agent_pb2 as pb
 from outrider_proto.v1.fleet_pb2 import NodeConfigReport
@@ -16,6 +16,9 @@ from outrider_operator.core.config_status import agent_config
 from outrider_operator.core.nodes import NO_FACTS, NodeFacts
 from outrider_operator.core.registry import Registry
 from outrider_operator.metrics import ServerMetrics
+
+#: A refusal that is told again so soon after the agent was asked anew is the old one, seconds.
+ECHO_SECONDS: Final = 1.0
 
 
 class ConfigNodes:
@@ -62,7 +65,12 @@ class ConfigNodes:
             self._metrics.config_told.labels("stale").inc()
             return
         before = last[2] if last is not None else None
-        made = report_of(told.report, before, self._now())
+        now = self._now()
+        made = report_of(told.report, before, now)
+        if before is not None and made.refused and replace(made, at=before.at) == before:
+            state = self.states.get(told.node)
+            if state is not None and now - state.told < ECHO_SECONDS:
+                made = before  # of its last try: it is only about to begin the next
         self._reports[told.node] = (told.session, told.report, made)
         self._metrics.config_told.labels(_phase(told.report.phase)).inc()
         self._changed.add(told.node)
