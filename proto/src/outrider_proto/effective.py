@@ -158,12 +158,20 @@ def without_empty(value: Any) -> Any:
 
     So a part that comes with a later version changes no hash.
     """
+    # Once for each agent and change, so it is written for speed.
     if isinstance(value, list | tuple):
         return [without_empty(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = ((key, without_empty(item)) for key, item in value.items())
-    return {key: item for key, item in kept if item != {}}
+    kept = {}
+    for key, item in value.items():
+        if isinstance(item, dict | list | tuple):
+            inner = without_empty(item)
+            if inner != {}:
+                kept[key] = inner
+        else:
+            kept[key] = item
+    return kept
 
 
 def digest(content: bytes) -> str:
