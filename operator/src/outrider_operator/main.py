@@ -21,6 +21,7 @@ from outrider_runtime.metrics import LoopLag, new_registry
 from outrider_runtime.ops import OpsServer
 from outrider_runtime.settings import SettingsError, load, readable
 
+from outrider_operator import heap
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import ServerSettings, check_lease_times
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # kopf attaches these to every record, the first with all of its settings.
     hidden = ("settings", "k8s_ref", "k8s_skip")
     logs.configure(settings.log.level, settings.log.format, hidden=hidden)
+    heap.few_arenas()
     return life.run(lambda stop: Server(settings, release).run(stop), log)
 
 
@@ -117,6 +119,7 @@ class Server:
         stop_gateway, stop_sink = asyncio.Event(), asyncio.Event()
         async with asyncio.TaskGroup() as group:
             lag = group.create_task(self._lag.watch(), name="loop lag")
+            trimming = group.create_task(heap.give_back(), name="give memory back")
             storing = group.create_task(sink.run(stop_sink), name="sink")
             serving = group.create_task(gateway.run(stop_gateway), name="gateway")
             await gateway.started.wait()
@@ -130,6 +133,7 @@ class Server:
             stop_sink.set()
             await asyncio.wait([storing])
             lag.cancel()
+            trimming.cancel()
 
     async def _use_cluster(self, namespace: str) -> None:
         """Reach the API server, and lead when it is this replica's turn."""
