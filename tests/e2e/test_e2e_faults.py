@@ -111,13 +111,13 @@ def test_killed_agent_reports_the_attempt_interrupted() -> None:
     assert tasks.lines_on_node(STATE, "node2", file) == ["start"]
 
 
-def test_task_goes_on_while_all_servers_are_replaced(chart_values: dict[str, object]) -> None:
+def test_task_goes_on_while_all_servers_are_replaced(_installed: Any) -> None:
     servers, agents = _uids("server"), _uids("agent")
     file = f"rolling-{uuid.uuid4().hex[:8]}"
     name = tasks.create_script(_waiting_script(file))
     tasks.await_rows(name, "Running", NODES)
     change = f"server.podAnnotations.test={file}"
-    release.install(chart_values, [change])
+    _installed.upgrade(change)
     # helm waits for the new Pods, not for the end of the old ones.
     eventually("an end of the old servers", lambda: not servers & _uids("server"), 90)
     assert _uids("agent") == agents
