@@ -13,7 +13,7 @@ from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, SSLError
 from urllib3.response import BaseHTTPResponse
 
 from outrider_agent.plugins.fetched import sha256_of
@@ -53,7 +53,15 @@ class FetchLimits:
 
 
 class _WrongContentError(Exception):
-    """The file arrived whole and is another one."""
+    """The file arrived whole and is another one; perhaps for what was there before it."""
+
+    def __init__(self, text: str, resumed: bool) -> None:
+        super().__init__(text)
+        self.resumed = resumed
+
+
+class _TryLaterError(Exception):
+    """It may be otherwise in a while."""
 
 
 class _TooLargeError(Exception):
@@ -75,19 +83,30 @@ def fetch(urls: Sequence[str], sha256: str, part: Path, limits: FetchLimits) -> 
     """
     end = time.monotonic() + limits.seconds
     problems: dict[str, str] = {}
+    dead: set[str] = set()
     timeout = urllib3.Timeout(connect=limits.connect_seconds, read=limits.read_seconds)
     ca_file = limits.ca_file or None
     with urllib3.PoolManager(ca_certs=ca_file, timeout=timeout, retries=False) as pool:
         for count in range(ROUNDS):
+            if dead.issuperset(urls):
+                break
             if count:
                 time.sleep(min(ROUND_SECONDS * count, max(0.0, end - time.monotonic())))
-            for url in urls:
+            # What will not be otherwise next time is not asked again.
+            for url in [url for url in urls if url not in dead]:
                 try:
                     _fetch_from(pool, url, sha256, part, limits, end)
-                except (HTTPError, ValueError) as error:
+                except (HTTPError, _TryLaterError) as error:
                     problems[url] = str(error)
+                    if isinstance(error, SSLError):
+                        dead.add(url)
+                except ValueError as error:
+                    problems[url] = str(error)
+                    dead.add(url)
                 except _WrongContentError as error:
                     problems[url] = str(error)
+                    if not (part.exists() and error.resumed):
+                        dead.add(url)
                     part.unlink(missing_ok=True)
                 except _TooLargeError as error:
                     part.unlink(missing_ok=True)
@@ -110,7 +129,7 @@ def _fetch_from(
     try:
         begin = _begin(response, have)
         if begin is None:  # nothing lies behind what we have, and that is not the file
-            raise _WrongContentError(f"has not the file of sha256 {sha256}")
+            raise _WrongContentError(f"has not the file of sha256 {sha256}", True)
         with part.open("r+b" if part.exists() else "wb") as file:
             file.truncate(begin)
             file.seek(begin)
@@ -120,7 +139,7 @@ def _fetch_from(
         response.close()
     found = sha256_of(part)
     if found != sha256:
-        raise _WrongContentError(f"has a file of sha256 {found}, expected {sha256}")
+        raise _WrongContentError(f"has a file of sha256 {found}, expected {sha256}", begin > 0)
 
 
 def _open(pool: urllib3.PoolManager, url: str, have: int) -> BaseHTTPResponse:
@@ -150,7 +169,12 @@ def _begin(response: BaseHTTPResponse, have: int) -> int | None:
         return have
     if response.status == 416 and have:
         return None
-    raise ValueError(f"answered {response.status} {response.reason or ''}".rstrip())
+    text = f"answered {response.status} {response.reason or ''}".rstrip()
+    raise (
+        _TryLaterError(text)
+        if response.status in (408, 429, *range(500, 600))
+        else ValueError(text)
+    )
 
 
 def _copy(
@@ -169,7 +193,9 @@ def _copy(
         while view:
             view = view[os.write(target, view) :]
         if time.monotonic() > end:
-            raise ValueError(f"took longer than {limits.seconds:g} s (plugins.fetchTimeoutSeconds)")
+            raise _TryLaterError(
+                f"took longer than {limits.seconds:g} s (plugins.fetchTimeoutSeconds)"
+            )
 
 
 def _too_large(size: int, limits: FetchLimits) -> str:

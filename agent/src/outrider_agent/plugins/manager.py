@@ -203,7 +203,9 @@ class Plugins:
             return
         self._cleaned = True
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._threads, end_left, self._options.node)
+        await loop.run_in_executor(
+            self._threads, end_left, self._options.directory, self._options.node
+        )
         await asyncio.to_thread(self._packages.clear)
         await asyncio.to_thread(cgroups.remove_left, self._options.cgroup_root)
 
@@ -313,13 +315,12 @@ class Plugins:
 _TASK_RESULTS: Final = {"NoAnswer": "no_answer", "PluginFull": "full", "PluginEnded": "ended"}
 
 
-def end_left(node: str) -> None:
+def end_left(directory: Path, node: str) -> None:
     """Kill the plug-ins that an agent which was killed left behind. Blocks."""
-    tail = processes.mark_for("", node)
     marks: set[str] = set()
     for process in processes.scan():
         mark = None if process.zombie else processes.mark_of(process.pid)
-        if mark is not None and mark.startswith("plugin/") and mark.endswith(tail):
+        if mark is not None and places.is_mark(mark, directory, node):
             marks.add(mark)
             with contextlib.suppress(PermissionError):
                 processes.send(process, signal.SIGKILL)

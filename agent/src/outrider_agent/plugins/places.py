@@ -4,10 +4,12 @@ Blocks, for moments.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Final
 
 from outrider_proto.effective import Plugin
 
@@ -18,6 +20,8 @@ from outrider_agent.plugins.fetched import sha256_of
 from outrider_agent.plugins.packages import Package
 from outrider_agent.tasks import lookup, processes
 from outrider_agent.tasks.placing import DEFAULT_PATH
+
+_MARKED: Final = "plugin/"
 
 
 def account_of(plugin: Plugin, own: tuple[str, ...], directory: Path) -> Account | None:
@@ -67,6 +71,17 @@ def _closed(directory: Path, account: Account) -> Path | None:
         if not allowed and account.uid != 0:
             return folder
     return None
+
+
+def mark_of(name: str, directory: Path, node: str) -> str:
+    """The mark of a plug-in's processes: agents that share a system have folders of their own."""
+    place = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+    return processes.mark_for(f"{_MARKED}{name}/{place}", node)
+
+
+def is_mark(mark: str, directory: Path, node: str) -> bool:
+    """Whether a mark is one of a plug-in of this agent, of whatever name."""
+    return mark.startswith(_MARKED) and mark.endswith(mark_of("", directory, node)[len(_MARKED) :])
 
 
 def environment(

@@ -89,7 +89,7 @@ class Runner:
     group: Group | None = None
 
     def __post_init__(self) -> None:
-        self.mark = processes.mark_for(f"plugin/{self.plugin.name}", self.site.node)
+        self.mark = places.mark_of(self.plugin.name, self.site.directory, self.site.node)
         self._stop = asyncio.Event()
         self._restarts = Restarts(self.site.restarts)
         self._task: asyncio.Task[None] | None = None
