@@ -13,7 +13,7 @@ from outrider_agent.core.frames import HEARTBEAT, REPORT, Packet, frame
 from outrider_agent.core.records import RecordClass
 from outrider_agent.listeners.framed_tcp import Listener, bind, parse
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import FramedTcpSettings
+from outrider_agent.settings_config import FramedTcpSettings
 from outrider_proto import records
 from outrider_proto.v1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry

@@ -25,7 +25,7 @@ from outrider_agent.core.config import ConfigError
 from outrider_agent.core.frames import FrameError, Frames, Packet
 from outrider_agent.core.records import RecordClass, RecordSink
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import FramedTcpSettings
+from outrider_agent.settings_config import FramedTcpSettings
 
 log = get_logger("outrider.listeners")
 
