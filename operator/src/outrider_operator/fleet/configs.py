@@ -15,14 +15,12 @@ from outrider_proto.merging import Conflict, Path
 from outrider_proto.v1.fleet_pb2 import NodeConfigReport
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.config_count import Counts, count, count_settled
 from outrider_operator.core.config_plan import (
     Config,
-    Counts,
     Merger,
     Picture,
     conflicts,
-    count,
-    count_settled,
     picture,
     views,
 )
@@ -244,6 +242,7 @@ class Configs:
         if known.attempt not in (None, before.attempt):
             for node in now.selected[before.name]:
                 self._nodes.again(node)
+                now.stood.pop(node, None)
         known.attempt = before.attempt
         if counts is None:
             seen = list(views(before, self._nodes.states, now))
