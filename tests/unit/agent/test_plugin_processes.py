@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.agent_parts import ListSink
@@ -238,7 +239,7 @@ async def test_tasks_fail_when_the_plugin_ends_or_is_unknown(bench: PluginBench)
 
 @pytest.mark.parametrize("rate", [0, 2000])  # 2000: its pipe is full when it is to end
 async def test_an_upgrade_under_load_loses_no_record(tmp_path: Path, rate: int) -> None:
-    settings = {"max_bytes_per_second": 0, "termination_grace_seconds": 20.0}
+    settings: dict[str, Any] = {"max_bytes_per_second": 0, "termination_grace_seconds": 20.0}
     async with plugins_in(tmp_path, max_records_per_second=rate, **settings) as bench:
         for version in range(3):
             enough = version * 10_000_000 + 2000
