@@ -197,6 +197,25 @@ async def test_a_disk_that_hangs_is_told_and_not_waited_for(
         await eventually(lambda: case.health.ready)
 
 
+async def test_a_disk_that_hangs_in_a_flush_is_told_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SLOW_SECONDS", 0.1)
+    go_on = threading.Event()
+
+    def hanging(_: int) -> None:
+        assert go_on.wait(10)
+
+    async with running(tmp_path, fsync="interval", fsync_interval_seconds=0.3) as case:
+        await case.sink.store(origin(), batch(1))
+        monkeypatch.setattr(os, "fsync", hanging)
+        try:
+            await eventually(lambda: not case.health.ready, 5)
+        finally:
+            go_on.set()
+        await eventually(lambda: case.health.ready)
+
+
 def test_a_batch_costs_little(tmp_path: Path) -> None:
     """Group commit: thousands of batches of 20 kB a second, and few flushes."""
 
