@@ -1,6 +1,7 @@
 """The file sink's faults: a disk really full, kill -9 under load, cancelled in mid-write."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -195,6 +196,28 @@ async def test_a_disk_that_hangs_is_told_and_not_waited_for(
         go_on.set()
         await storing
         await eventually(lambda: case.health.ready)
+
+
+async def test_files_that_are_too_old_make_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without disk space nothing is written, nothing else deletes them."""
+    monkeypatch.setattr(files, "PROBE_SECONDS", 0.05)
+    async with running(tmp_path, max_file_seconds=1, max_age_seconds=2) as case:
+        await case.sink.store(origin(), batch(1))
+        room = files_writer.RotatedFiles._check_room
+
+        def full(self: Any, size: int) -> None:
+            if any(stored.files_in(tmp_path)):
+                raise OSError(errno.ENOSPC, "no room")
+            room(self, size)
+
+        monkeypatch.setattr(files_writer.RotatedFiles, "_check_room", full)
+        with pytest.raises(SinkUnavailableError):
+            await case.sink.store(origin(), batch(2))
+        assert not case.health.ready
+        await eventually(lambda: case.health.ready, 10)
+        assert not stored.files_in(tmp_path)
 
 
 async def test_a_disk_that_hangs_in_a_flush_is_told_as_well(
