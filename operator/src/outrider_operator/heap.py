@@ -7,7 +7,6 @@ glibc, nothing happens.
 """
 
 import asyncio
-import asyncio.sslproto
 import ctypes
 import os
 from pathlib import Path
@@ -20,9 +19,6 @@ from outrider_runtime.logs import get_logger
 ARENAS: Final = 2
 #: From glibc's malloc.h.
 M_ARENA_MAX: Final = -8
-#: asyncio keeps a buffer of this size for each TLS connection, 256 KiB unless told, and asks for
-#: as much at each read: a server has some tens to the API server. A TLS record is up to 16 KiB.
-TLS_BUFFER_BYTES: Final = 32 * 1024
 #: Memory is looked at so often, seconds, and free parts given back when it grew by so many bytes
 #: since they last were.
 LOOK_SECONDS: Final = 2.0
@@ -38,11 +34,6 @@ def few_arenas() -> None:
     library = _glibc()
     if library is not None and not library.mallopt(M_ARENA_MAX, ARENAS):
         log.warning("the allocator's heaps are not bounded")
-
-
-def small_tls_buffers() -> None:
-    """Have small buffers for asyncio's TLS connections; to be called before there are any."""
-    asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
 
 async def give_back() -> None:

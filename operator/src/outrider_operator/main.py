@@ -56,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden = ("settings", "k8s_ref", "k8s_skip")
     logs.configure(settings.log.level, settings.log.format, hidden=hidden)
     heap.few_arenas()
-    heap.small_tls_buffers()
     return life.run(lambda stop: Server(settings, release).run(stop), log)
 
 
