@@ -357,6 +357,28 @@ class TestAdmission:
             assert running.metric("connects_total", result="sent_back") == 9
             assert running.refused("UNAVAILABLE", "TooManyConnects") == 9
 
+    async def test_nobody_is_let_in_to_wait_for_a_slow_api_server(self, tmp_path: Path) -> None:
+        async with (
+            running_gateway(tmp_path, auth={"max_reviews": 2}) as running,
+            running.connect() as channel,
+        ):
+            running.reviews.slow = 0.3
+
+            async def try_one(number: int) -> bool:
+                agent = RawAgent(channel, running.reviews.agent(f"n{number}"))
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await agent.send(hello(f"n{number}"))
+                    return (await agent.receive()).HasField("welcome")
+                assert "the API server has time for" in (await agent.call.details())
+                assert int(dict(await agent.call.trailing_metadata())[PUSHBACK]) > 1000
+                return False
+
+            answers = await asyncio.gather(*(try_one(number) for number in range(12)))
+            # Four reviews may wait for each of the two under way.
+            assert answers.count(True) == len(running.reviews.asked) == 8
+            running.reviews.slow = 0.0
+            assert await try_one(41)
+
 
 class TestHealthCheck:
     async def test_anybody_may_ask_and_nothing_of_it_is_read(self, tmp_path: Path) -> None:
