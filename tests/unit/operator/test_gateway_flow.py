@@ -138,6 +138,32 @@ class TestWelcome:
                 pass
 
 
+class TestAcknowledgements:
+    async def test_a_large_batch_with_nothing_behind_it_does_not_wait(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("outrider_operator.gateway.transfer.GATHER_SECONDS", 60.0)
+        async with running_gateway(tmp_path) as running, running.connect() as channel:
+            agent = await open_stream(channel, running.reviews.agent("n"), "n")
+            for seq in range(1, 6):
+                await agent.send(PackagedData(batches=[make_batch(seq, size=500 * limits.KIB)]))
+                assert (await agent.receive(5)).batch_acks[0].last == seq
+
+    async def test_it_does_not_wait_either_once_the_others_are_stored(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("outrider_operator.gateway.transfer.GATHER_SECONDS", 60.0)
+        async with running_gateway(tmp_path) as running, running.connect() as channel:
+            agent = await open_stream(channel, running.reviews.agent("n"), "n")
+            running.sink.open.clear()
+            await agent.send(message(1, 2))
+            await eventually(lambda: running.sink.waiting == 2)
+            running.sink.release(1)
+            await answered(agent, 5)
+            running.sink.open.set()
+            assert (await agent.receive(5)).batch_acks[0].last == 2
+
+
 class TestRejected:
     async def test_too_large_goes_back_to_its_agent(self, tmp_path: Path) -> None:
         async with running_gateway(tmp_path) as running, running.connect() as channel:
