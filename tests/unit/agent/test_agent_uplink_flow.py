@@ -21,6 +21,7 @@ from outrider_agent.metrics import AgentMetrics
 from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.uplink import stream as stream_module
 from outrider_agent.uplink import uplink as uplink_module
+from outrider_agent.uplink.messages import open_transfer
 from outrider_proto import channel, records
 from outrider_proto.v1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry
@@ -382,7 +383,7 @@ class UnreadCall:
 async def test_a_refusal_that_was_lost_is_come_back_to_soon(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = channel.open_transfer, 0
+    real, calls = open_transfer, 0
 
     def opened(*arguments: Any) -> Any:
         nonlocal calls
