@@ -23,6 +23,8 @@ M_ARENA_MAX: Final = -8
 #: since they last were.
 LOOK_SECONDS: Final = 2.0
 GROWTH_BYTES: Final = 16 * limits.MIB
+#: And once more after so many looks without growth.
+QUIET_LOOKS: Final = 5
 #: The program itself grows by about so much after its start, and stays so, bytes.
 START_BYTES: Final = 48 * limits.MIB
 
@@ -42,10 +44,14 @@ async def give_back() -> None:
     if library is None:
         return
     after, given = resident() + START_BYTES, False
+    quiet = 0
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         now = resident()
-        if now > after + GROWTH_BYTES:
+        grown = now > after + GROWTH_BYTES
+        # What a storm of connects leaves behind is free only when it is over.
+        quiet = quiet + 1 if given and not grown else 0
+        if grown or quiet == QUIET_LOOKS:
             # It may take some tens of milliseconds; the interpreter is free meanwhile.
             await asyncio.to_thread(library.malloc_trim, 0)
             after, given = resident(), True
