@@ -20,7 +20,8 @@ from outrider_proto.v1 import agent_pb2 as pb
 from outrider_proto.v1.fleet_pb2 import NodeConfigReport
 from prometheus_client import CollectorRegistry
 
-START = 1_000_000.0
+#: Not a whole number: times that stand in a status have to come back as they are.
+START = 1_763_000_000.123457
 ROLLOUT: dict[str, Any] = {
     "maxUnavailable": "100%",
     "canary": {"nodes": 0, "soakSeconds": 0},

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from outrider_operator.core.sink import Origin
+from outrider_operator.core.sink import Origin, Storing
 from outrider_operator.sinks.base import RunnableSink
 from outrider_proto import batches
 from outrider_proto.records import Decoded
@@ -92,8 +92,15 @@ class SinkSuite:
     async def test_store_returns_a_future_at_once(self, sink_case: SinkCase) -> None:
         """There is a call for each batch: a coroutine would need a task of its own."""
         storing = sink_case.sink.store(origin(), batch(1))
-        assert isinstance(storing, asyncio.Future)
+        assert not asyncio.iscoroutine(storing)
         assert not storing.done()
+        told: asyncio.Future[Storing] = asyncio.get_running_loop().create_future()
+        storing.add_done_callback(told.set_result)
+        assert not told.done()
+        assert await told is storing
+        assert storing.done()
+        assert not storing.cancelled()
+        assert storing.exception() is None
         await storing
 
     async def test_set_aside_keeps_batch_and_reason(self, sink_case: SinkCase) -> None:

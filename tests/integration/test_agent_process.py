@@ -40,7 +40,8 @@ async def test_it_runs_beats_and_reports(tmp_path: Path, authority: Authority) -
         stream = await server.gateway.stream()
         hello = stream.hello.hello
         assert (hello.node, hello.net_mode) == ("node-a", "sd")
-        assert set(hello.run_kinds) == {"command", "script", "builtin/Ping", "builtin/Facts"}
+        kinds = {"command", "script", "plugin", "builtin/Ping", "builtin/Facts"}
+        assert set(hello.run_kinds) == kinds
         stream.send(run_of("a", "echo hello"))
         state = await server.gateway.final("a")
         assert (state.phase, state.preview) == (pb.RUN_PHASE_SUCCEEDED, b"hello\n")

@@ -28,6 +28,7 @@ from outrider_operator.settings_kafka import KafkaRoute, KafkaSinkSettings
 from outrider_operator.sinks import kafka as kafka_module
 from outrider_operator.sinks import kafka_connection, kafka_producer
 from outrider_operator.sinks.kafka import KafkaSink
+from outrider_operator.sinks.kafka_topic import MESSAGE_BYTES
 from outrider_proto import batches
 from outrider_proto.v1.agent_pb2 import (
     CODEC_NONE,
@@ -452,3 +453,62 @@ async def test_what_cannot_be_opened_is_rejected(kafka: KafkaBroker, kafka_topic
         assert raised.value.max_bytes == 0
         await case.sink.store(origin(), batch(2))
         assert names(await case.read()) == {("uid-1", 3, 2)}
+
+
+class Ahead:
+    """A producer of the library in a process whose clock is ahead, as long as `seconds` says."""
+
+    def __init__(self, real: Any, seconds: float) -> None:
+        self._real = real
+        self.seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __len__(self) -> int:
+        return len(self._real)
+
+    def produce(self, *args: Any, **keywords: Any) -> None:
+        stamp = int(1000 * (time.time() + self.seconds))
+        self._real.produce(*args, timestamp=stamp, **keywords)
+
+
+async def _clock_ahead(case: SinkCase) -> Ahead:
+    """Have the sink's clock two hours ahead from now on."""
+    await eventually(lambda: case.health.ready)
+    assert isinstance(case.sink, KafkaSink)
+    producer = case.sink._connection.producer
+    assert producer is not None
+    ahead = Ahead(producer._producer, 7200.0)
+    producer._producer = ahead  # type: ignore[assignment]
+    return ahead
+
+
+async def test_a_clock_that_is_ahead_is_named_and_loses_nothing(
+    kafka: KafkaBroker, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_connection, "PROBE_SECONDS", 0.1)
+    await make_topic(kafka, kafka_topic, MESSAGE_BYTES)  # its messages have the producer's time
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
+        ahead = await _clock_ahead(case)
+        for seq in range(1, 4):
+            with pytest.raises(SinkUnavailableError):
+                await asyncio.wait_for(case.sink.store(origin(), batch(seq)), 20)
+        assert "this server's clock is ahead of the broker's" in reason(case)
+        await asyncio.sleep(0.5)  # some probes, which the broker answers
+        assert not case.health.ready
+        ahead.seconds = 0.0
+        for seq in range(1, 4):
+            await asyncio.wait_for(case.sink.store(origin(), batch(seq)), 20)
+        await eventually(lambda: case.health.ready)
+        assert names(await case.read()) == {("uid-1", 3, seq) for seq in range(1, 4)}
+
+
+async def test_a_topic_of_our_own_does_not_mind_a_clock_that_is_ahead(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    async with running_sink(kafka.bootstrap, kafka_topic) as case:
+        await _clock_ahead(case)
+        await asyncio.wait_for(case.sink.store(origin(), batch(1)), 20)
+        (message,) = await raw_messages(kafka.bootstrap, kafka_topic)
+        assert abs(message.timestamp / 1000 - time.time()) < 60

@@ -24,7 +24,14 @@ pytestmark = pytest.mark.timeout(400)
 
 NODES = ("alpha", "beta", "gamma")
 WAIT = 60.0
-RUN_KINDS = ["command", "script", "builtin/Ping", "builtin/Facts", "builtin/Restart"]
+RUN_KINDS = [
+    "command",
+    "script",
+    "plugin",
+    "builtin/Ping",
+    "builtin/Facts",
+    "builtin/Restart",
+]
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +210,18 @@ def test_selector_names_and_nobody(fleet) -> None:
 
 
 def test_what_this_version_cannot_do_is_refused_in_words(fleet) -> None:
-    name = apply(fleet, {"run": {"plugin": {"name": "fim", "dataType": 6001}}})
+    name = apply(fleet, {"run": {"plugin": {"name": "fim", "dataType": 6001}}, "user": "nobody"})
     found = ended(fleet, name, "Failed")
     assert condition(found, "Failed")["reason"] == "NotSupported"
     assert "plugin" in condition(found, "Failed")["message"]
+
+
+def test_a_task_for_a_plugin_that_no_node_has_fails_at_once(fleet) -> None:
+    name = apply(fleet, all_at_once({"run": {"plugin": {"name": "fim", "dataType": 6001}}}))
+    ended(fleet, name, "Failed")
+    for row in rows(fleet, name).values():
+        assert (row["phase"], row["reason"]) == ("Failed", "UnknownPlugin")
+        assert "no such plug-in (it has: none)" in row["message"]
 
 
 def all_at_once(spec: dict[str, Any]) -> dict[str, Any]:

@@ -274,6 +274,40 @@ async def test_drift_of_parts_and_states_of_plugins_are_told_once(tmp_path: Path
         assert len([r for r in bench.reports if r.plugins]) == 1
 
 
+async def test_servers_hear_of_changes_and_answers_alone(tmp_path: Path) -> None:
+    async with applying(tmp_path, check_seconds=0.01) as bench:
+        bench.applier.ask(INFO)
+        await bench.stands(INFO, "APPLIED")
+        await asyncio.sleep(0.05)
+        count = len(bench.reports)
+        bench.applier.answered()
+        await asyncio.sleep(0.1)
+        assert len(bench.reports) == count
+        bench.journal.clear()
+        bench.applier.ask(INFO)
+        await bench.until(lambda: len(bench.reports) == count + 1)
+        await asyncio.sleep(0.05)
+        assert (len(bench.reports), bench.journal) == (count + 1, [])
+
+
+async def test_one_from_the_disk_that_this_version_does_not_know_is_told_and_kept(
+    tmp_path: Path,
+) -> None:
+    content = b'{"agent":{"colour":"red"}}'
+    newer = pb.EffectiveConfig(hash=effective.digest(content), content=content)
+    last_good = LastGood(tmp_path / "last-good")
+    last_good.prepare(newer)
+    last_good.commit()
+    async with applying(tmp_path) as bench:
+        report = await bench.stands(newer, "FAILED")
+        assert "colour" in report.message
+        await bench.until(lambda: "three.finish None" in bench.journal)
+        assert last_good.read() == newer
+        bench.applier.ask(INFO)
+        await bench.stands(INFO, "APPLIED")
+        assert last_good.read() == INFO
+
+
 async def test_what_the_agent_does_not_do_yet_is_told(tmp_path: Path) -> None:
     config = effective.pack(Effective(datasets=(Dataset(name="blocklist"),)))
     async with applying(tmp_path) as bench:

@@ -275,7 +275,11 @@ def test_an_address_in_use_is_an_error_but_not_our_own() -> None:
     with pytest.raises(ConfigError, match="in use"):
         bind("127.0.0.1", port)
     wider = bind("0.0.0.0", port, beside=first)
-    with pytest.raises(ConfigError, match="in use"):  # not for anybody else, and not later
+    with pytest.raises(ConfigError, match="in use"):
         bind("127.0.0.1", port)
+    assert [one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) for one in (first, wider)] == [
+        0,
+        0,
+    ]
     first.close()
     wider.close()

@@ -15,6 +15,7 @@ from outrider_proto.v1 import agent_pb2 as pb
 FREE = Load(held=0, limit=10)
 OWN = frozenset({"0", "root"})
 COMMAND = pb.Exec(argv=["true"])
+PLUGIN = pb.PluginTask(name="fim", data_type=1)
 
 
 def run_of(**fields: object) -> pb.RunCommand:
@@ -33,6 +34,8 @@ def reason(run: pb.RunCommand, allowed: Policy) -> str:
     [
         ({"command": COMMAND}, Policy(DEFAULT_KINDS), ""),
         ({"command": COMMAND}, Policy(["script"]), "tasks.allowedKinds"),
+        ({"plugin": PLUGIN}, Policy(DEFAULT_KINDS), ""),
+        ({"plugin": PLUGIN}, Policy(["command"]), "tasks.allowedKinds"),
         ({"builtin": pb.BUILTIN_RESTART}, Policy(DEFAULT_KINDS), "tasks.allowedKinds"),
         ({"builtin": pb.BUILTIN_SHUTDOWN}, Policy(DEFAULT_KINDS), "tasks.allowedKinds"),
         ({"builtin": pb.BUILTIN_RESTART}, Policy(["builtin/Restart"]), ""),

@@ -32,7 +32,8 @@ def test_defaults(tmp_path: Path) -> None:
     assert found.state.max_outbox_bytes == 256 * 1024 * 1024
     assert found.tasks.max_concurrent == 16
     # Nothing that takes the agent away, no other user, not the host.
-    assert found.tasks.allowed_kinds == ("command", "script", "builtin/Ping", "builtin/Facts")
+    kinds = ("command", "script", "plugin", "builtin/Ping", "builtin/Facts")
+    assert found.tasks.allowed_kinds == kinds
     assert found.tasks.allowed_executables == ("/**",)
     assert found.tasks.allowed_users == ()
     assert found.tasks.allow_host is False
@@ -65,7 +66,7 @@ def test_lists_and_tables_from_flags(tmp_path: Path) -> None:
         (['--server.public={"eu": ":1"}'], "server.public.eu"),
         (["--server.ca-file=/no/such/file"], "server.caFile"),
         (["--server.token-file=/no/such/file"], "server.tokenFile"),
-        (["--tasks.allowed-kinds=plugin"], "tasks.allowedKinds"),
+        (["--tasks.allowed-kinds=plugins"], "tasks.allowedKinds"),
         (["--tasks.allowed-executables=/usr/bin/*,bin/ls"], "tasks.allowedExecutables"),
         (["--tasks.allowed-executables=/**/ls"], "tasks.allowedExecutables"),
         (["--tasks.allowed-users=nobody,-1"], "tasks.allowedUsers"),

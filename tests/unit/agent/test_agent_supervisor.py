@@ -123,7 +123,7 @@ def run_of(uid: str, shell: str = "true", attempt: int = 1, **change: Any) -> pb
         "preview_bytes": 100,
         "max_output_bytes": 10_000,
     }
-    if not change.keys() & {"script", "builtin", "command"}:
+    if not change.keys() & {"script", "builtin", "command", "plugin"}:
         fields["command"] = pb.Exec(argv=["sh", "-c", shell])
     return pb.RunCommand(**{**fields, **change})
 

@@ -55,7 +55,8 @@ def test_threads_do_not_mix_their_records() -> None:
     threads = [threading.Thread(target=send, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
-    frames, found = Frames(), []
+    frames = Frames()
+    found: list[str] = []
     while len(found) < 40:
         found += [records.fields_of(record_of(m))["x"] for m in frames.feed(os.read(taken, 65536))]
     for thread in threads:

@@ -35,6 +35,12 @@ def test_by_default_it_is_the_agents_container_and_user() -> None:
     assert list(command.script.interpreter) == ["/bin/sh", "-eu"]
 
 
+def test_a_task_for_a_plugin_goes_as_it_is() -> None:
+    plugin = {"name": "fim", "dataType": 6001, "data": "scan"}
+    found = command_of({"run": {"plugin": plugin}}).plugin
+    assert (found.name, found.data_type, found.data) == ("fim", 6001, "scan")
+
+
 @pytest.mark.parametrize(
     ("name", "builtin"),
     [
@@ -53,7 +59,10 @@ def test_every_builtin_has_its_number(name: str, builtin: pb.Builtin.ValueType) 
     [
         ({"run": {"builtin": "Explode"}}, "spec.run.builtin"),
         ({"run": {"command": ["id"]}, "where": "Moon"}, "spec.where"),
-        ({"run": {"plugin": {"name": "fim", "dataType": 1}}}, "spec.run.plugin"),
+        (
+            {"run": {"plugin": {"name": "fim", "dataType": 1}}, "user": "nobody"},
+            "spec.run.plugin",
+        ),
         ({"run": {}}, "spec.run"),
     ],
 )

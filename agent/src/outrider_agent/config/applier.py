@@ -105,6 +105,7 @@ class Applier:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _newer: asyncio.Event = field(default_factory=asyncio.Event)
     _notes: list[str] = field(default_factory=list)
+    _last_told: pb.ConfigReport | None = None
 
     def __post_init__(self) -> None:
         self._standing = Standing(enabled=self.last_good is not None)
@@ -117,7 +118,7 @@ class Applier:
         self._standing.ask(config)
         if self._standing.superseded:
             self._newer.set()
-        self._told()
+        self._last_told = None  # whoever asks is answered, also where nothing changes by it
         self._wake.set()
 
     def answered(self) -> None:
@@ -142,8 +143,12 @@ class Applier:
             self._told()
 
     def _told(self) -> None:
-        self._count()
-        self.on_change()
+        """How it stands may have changed: servers hear of it if it has."""
+        now = self.report()
+        if now != self._last_told:
+            self._last_told = now
+            self._count()
+            self.on_change()
 
     def _count(self) -> None:
         standing, metrics = self._standing, self.metrics

@@ -68,12 +68,12 @@ def bind(host: str, port: int, beside: socket.socket | None = None) -> socket.so
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    pair = [made] if beside is None else [made, beside]
+    # Only between our own two: else another agent could listen there by mistake, too.
+    pair = [] if beside is None else [made, beside]
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            # Only for this moment: nobody else is to share the address with us.
-            for one in pair[: len(pair) if beside is not None else 0]:
+            for one in pair:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             made.bind((host, port))
             made.listen(_BACKLOG)

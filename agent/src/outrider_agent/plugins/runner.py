@@ -277,9 +277,8 @@ class Runner:
         """End what is there of it, read what it wrote; why it ended."""
         itself = gone.done()
         blamed = instance.fault.result() if instance.fault.done() else None
-        if not itself:
-            why = blamed.reason if blamed else "Stopping"
-            self._set(pb.PLUGIN_PHASE_STOPPING, why, blamed.text if blamed else "")
+        why = blamed.reason if blamed else "Ended" if itself else "Stopping"
+        self._set(pb.PLUGIN_PHASE_STOPPING, why, blamed.text if blamed else "")
         await instance.take_no_tasks("it ended before it answered")
         memory = blamed is not None and blamed.reason == "MemoryLimit"
         if not itself and not memory:

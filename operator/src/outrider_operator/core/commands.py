@@ -1,6 +1,13 @@
 """The commands a task sends: protobuf made from its spec. Sends nothing."""
 
-from outrider_proto.v1.agent_pb2 import Builtin, Exec, RunCommand, RunId, Script
+from outrider_proto.v1.agent_pb2 import (
+    Builtin,
+    Exec,
+    PluginTask,
+    RunCommand,
+    RunId,
+    Script,
+)
 
 from outrider_operator.core.model import Task
 
@@ -42,6 +49,11 @@ def run_command(task: Task, attempt: int) -> RunCommand:
     elif spec.run.script is not None:
         script = Script(interpreter=spec.run.script.interpreter, source=spec.run.script.source)
         command.script.CopyFrom(script)
+    elif spec.run.plugin is not None:
+        plugin = spec.run.plugin
+        command.plugin.CopyFrom(
+            PluginTask(name=plugin.name, data_type=plugin.data_type, data=plugin.data)
+        )
     else:
         command.builtin = BUILTINS[spec.run.builtin or ""]
     return command

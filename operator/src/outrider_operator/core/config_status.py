@@ -14,7 +14,7 @@ from outrider_proto.v1 import agent_pb2 as pb
 from outrider_operator.core.config_plan import Config, Counts, Desired
 from outrider_operator.core.config_rollout import Rollout, RolloutPhase
 from outrider_operator.core.status import condition
-from outrider_operator.core.times import micros, seconds, seconds_of
+from outrider_operator.core.times import micros, nanos_of, seconds
 
 P = RolloutPhase
 
@@ -55,8 +55,8 @@ def rollout_of(status: Mapping[str, Any]) -> Rollout:
         trial=found.get("revision", ""),
         attempt=found.get("attempt", ""),
         through=found.get("through", ""),
-        started=seconds_of(found.get("started")) or 0.0,
-        soaking_since=seconds_of(found.get("soakingSince")) or 0.0,
+        started=_at(found.get("started")),
+        soaking_since=_at(found.get("soakingSince")),
         reason=found.get("reason", ""),
         message=found.get("message", ""),
     )
@@ -74,10 +74,20 @@ def rollout_status(rollout: Rollout) -> dict[str, Any]:
         "message": rollout.message,
     }
     if rollout.started:
-        made["started"] = micros(int(rollout.started * 1e9))
+        made["started"] = _time(rollout.started)
     if rollout.soaking_since:
-        made["soakingSince"] = micros(int(rollout.soaking_since * 1e9))
+        made["soakingSince"] = _time(rollout.soaking_since)
     return made
+
+
+def _time(at: float) -> str:
+    """As it is read back: rounded, for what is cut off would be a little earlier each time."""
+    return micros(round(at * 1e6) * 1000)
+
+
+def _at(text: str | None) -> float:
+    """As it was written, exactly: by way of whole microseconds, which a float holds."""
+    return nanos_of(text) // 1000 / 1e6 if text else 0.0
 
 
 def status_of(
@@ -195,7 +205,7 @@ def history(
 def _stored(tried: tuple[str, str, float]) -> tuple[str, str, float]:
     """As it comes back from a status, where times are microseconds."""
     revision, attempt, started = tried
-    return revision, attempt, (seconds_of(micros(int(started * 1e9))) or 0.0) if started else 0.0
+    return revision, attempt, _at(_time(started)) if started else 0.0
 
 
 def _end(found: list[dict[str, Any]], result: str) -> None:

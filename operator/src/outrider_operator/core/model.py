@@ -186,12 +186,20 @@ class Script(_Spec, frozen=True, kw_only=True):
     interpreter: list[str] = msgspec.field(default_factory=lambda: ["/bin/sh", "-eu"])
 
 
+class PluginTask(_Spec, frozen=True, kw_only=True):
+    """A task for a plug-in that runs beside the agent."""
+
+    name: str
+    data_type: int
+    data: str = ""
+
+
 class Run(_Spec, frozen=True, kw_only=True):
     """What is run: exactly one of the fields is set."""
 
     command: list[str] | None = None
     script: Script | None = None
-    plugin: dict[str, Any] | None = None
+    plugin: PluginTask | None = None
     builtin: str | None = None
 
 
@@ -280,13 +288,14 @@ def parse_spec(spec: Mapping[str, Any]) -> TaskSpec:
 
 def unsupported(spec: TaskSpec) -> str | None:
     """Why this version cannot carry out a spec: a sentence that names the field, or None."""
-    if spec.run.plugin is not None:
-        return "spec.run.plugin: this version has no plug-ins; use command, script or builtin"
     if spec.run.builtin not in (None, "Ping", "Facts", "Restart", "Shutdown"):
         return f"spec.run.builtin: this version has no {spec.run.builtin}"
     if spec.where not in ("Container", "Host"):
         return f"spec.where: this version has no {spec.where}; use Container or Host"
-    kinds = (spec.run.command, spec.run.script, spec.run.builtin)
+    run = spec.run
+    kinds = (run.command, run.script, run.plugin, run.builtin)
     if sum(kind is not None for kind in kinds) != 1:
-        return "spec.run: this version needs exactly one of command, script and builtin"
+        return "spec.run: this version needs exactly one of command, script, plugin and builtin"
+    if run.plugin is not None and (spec.user or spec.env or spec.where == "Host"):
+        return "spec.run.plugin: a plug-in has its own user, place and environment; give none"
     return None

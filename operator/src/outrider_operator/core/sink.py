@@ -3,9 +3,9 @@
 Only the contract: no sink is made here, and nothing is stored.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from outrider_operator.core.batch import Batch
 
@@ -71,6 +71,25 @@ class SinkRejectedError(SinkError):
         self.max_bytes = max_bytes
 
 
+class Storing(Protocol):
+    """A batch on its way into a sink; a Future of asyncio's is one, and its methods are these."""
+
+    def add_done_callback(self, call: Callable[[Any], object], /) -> None:
+        """Have `call` called with this when it is done; not before this call returns."""
+
+    def done(self) -> bool:
+        """Whether it is known what became of it."""
+
+    def cancelled(self) -> bool:
+        """Whether it was given up, by others than the sink."""
+
+    def exception(self) -> BaseException | None:
+        """Why the batch was not stored; None: it was."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait until it is done; raises what `exception` returns."""
+
+
 class Sink(Protocol):
     """Where record batches go. One object serves all streams of a process."""
 
@@ -88,12 +107,11 @@ class Sink(Protocol):
         """Bytes that the sink itself will hold for a batch, from `store` until it is done."""
         ...
 
-    def store(self, origin: Origin, batch: Batch) -> Awaitable[None]:
+    def store(self, origin: Origin, batch: Batch) -> Storing:
         """Store a batch; what is returned is done once it is safe, however long the sink needs.
 
         Takes no time itself: there is one call for each batch, so that a task for each would be
-        what the process does most. What is returned has to be a Future of the running loop;
-        cancelling it does not take the batch back.
+        what the process does most. Cancelling what is returned does not take the batch back.
 
         Safe means: it is there after this process and, for what the sink promises, its machine
         or broker was killed. A batch may be stored twice, never not at all.

@@ -22,7 +22,7 @@ from outrider_runtime.logs import get_logger
 
 from outrider_operator.core.batch import Batch
 from outrider_operator.core.rates import Flow
-from outrider_operator.core.sink import Origin, Sink, SinkError, SinkRejectedError
+from outrider_operator.core.sink import Origin, Sink, SinkError, SinkRejectedError, Storing
 from outrider_operator.gateway.aside import Aside
 from outrider_operator.gateway.budget import ByteBudget
 from outrider_operator.metrics import ServerMetrics
@@ -211,12 +211,12 @@ class Intake:
         self._aside.close()
 
     def _hand_over(self, waiting: Waiting) -> None:
-        future = asyncio.ensure_future(self.sink.store(waiting.origin, waiting.batch))
-        future.add_done_callback(functools.partial(self._settle, waiting))
+        storing = self.sink.store(waiting.origin, waiting.batch)
+        storing.add_done_callback(functools.partial(self._settle, waiting))
 
-    def _settle(self, waiting: Waiting, future: "asyncio.Future[None]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is None and not future.cancelled():
+    def _settle(self, waiting: Waiting, storing: Storing) -> None:
+        error = None if storing.cancelled() else storing.exception()
+        if error is None and not storing.cancelled():
             self._stored(waiting)
         elif isinstance(error, SinkRejectedError):
             self._reject(waiting, error)

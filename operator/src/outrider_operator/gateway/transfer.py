@@ -44,8 +44,8 @@ ABORT_SECONDS: Final = 5.0
 #: Acknowledgements of a stream are gathered for so long after the last ones were sent, seconds,
 #: unless as many bytes of its window are free again as this share. An agent with a full window
 #: sends what it has room for: many small acknowledgements would make many small messages of it.
-GATHER_SECONDS: Final = 0.05
-GATHER_SHARE: Final = 0.25
+GATHER_SECONDS: Final = 0.2
+GATHER_SHARE: Final = 0.5
 
 #: Window of an agent when there are many, bytes: some batches of the usual size.
 LEAST_WINDOW_BYTES: Final = 128 * limits.KIB
@@ -324,7 +324,10 @@ class AgentStream(Stream):
             shared.metrics.slow_downs.labels(reason).inc()
             texts = {"limit": "more than this agent's share", "sink": "the record sink is slow"}
             self._out().slow_down(math.ceil(tell * 1000), texts[reason])
-            self._wake()
+            if debt:
+                self._wake()
+            elif self._writer is None:
+                self._wake_for_acks()  # with the next acknowledgements: the bound holds
         return min(hold, debt)
 
     # As an owner of batches.

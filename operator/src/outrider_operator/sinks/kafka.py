@@ -34,7 +34,7 @@ from outrider_operator.sinks.kafka_log import BrokerLog
 from outrider_operator.sinks.kafka_messages import Headers, Messages
 from outrider_operator.sinks.kafka_producer import KafkaProducer
 from outrider_operator.sinks.kafka_records import RecordWriter, cost_of
-from outrider_operator.sinks.kafka_sending import Sending, kind_of
+from outrider_operator.sinks.kafka_sending import Sending, kind_of, refusal_of
 from outrider_operator.sinks.kafka_topic import MESSAGE_BYTES, TopicLimits
 
 #: What is on its way at the end gets so long to be stored, seconds.
@@ -112,30 +112,29 @@ class KafkaSink:
         """The library has a copy of each message until it is stored."""
         return len(batch.records) if self._writer is None else cost_of(batch)
 
-    def store(self, origin: Origin, batch: Batch) -> "asyncio.Future[None]":
+    def store(self, origin: Origin, batch: Batch) -> Sending:
         """Store a batch; done once all replicas in sync have it, waits while no broker answers.
 
         Raises (when awaited):
             SinkUnavailableError: not stored now.
             SinkRejectedError: larger than a topic takes, or nothing that can be opened.
         """
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         size = len(batch.records)
-        cost = size if self._writer is None else cost_of(batch)
+        # Where records are written one by one, the opening counts as a message.
+        topics = self._routes.of(batch.data_types) if self._writer is None else ("",)
+        cost = self.cost(batch)
+        sending = Sending(size, cost, topics, self._ended)
         failure = self._unfit(size) or self._no_room(cost)
         if failure is not None:
             self._count_failure(failure)
-            future.set_exception(failure)
-            return future
-        # Where records are written one by one, the opening counts as a message.
-        topics = self._routes.of(batch.data_types) if self._writer is None else ("",)
-        sending = Sending(future, size, cost, topics, self._ended)
+            sending.settle(failure)
+            return sending
         self._begin(sending)
         if self._producer is None:
             self._early.append((sending, origin, batch))
         else:
             self._send(sending, origin, batch)
-        return future
+        return sending
 
     async def set_aside(self, origin: Origin, batch: Batch, reason: str) -> None:
         """Put a batch into the dead-letter topic, cut to what that takes.
@@ -153,13 +152,12 @@ class KafkaSink:
         key, headers, value = self._messages.dead_letter(
             origin, batch, reason, self._connection.room(topic)
         )
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Of no size: it is not counted as a batch that was stored.
-        sending = Sending(future, 0, size, (topic,), self._ended)
+        sending = Sending(0, size, (topic,), self._ended)
         self._begin(sending)
         self._produce(topic, key, value, headers, sending)
         try:
-            await future
+            await sending
         except SinkRejectedError as error:
             raise SinkUnavailableError(str(error)) from error
         self._metrics.sink_stores.labels("set_aside").inc()
@@ -221,33 +219,30 @@ class KafkaSink:
     def _produce(
         self, topic: str, key: bytes, value: bytes, headers: Headers, sending: Sending
     ) -> None:
-        if self._producer is None:
+        producer = self._connection.producer
+        if producer is None:
             sending.fail(SinkUnavailableError(self._state.reason))
             return
         self._by_topic[topic] += 1
         try:
-            self._producer.produce(topic, key, value, headers, sending)
+            producer.produce(topic, key, value, headers, sending)
         except (KafkaException, BufferError) as error:
             sending.refused(error)
 
     def _ended(self, sending: Sending) -> None:
         self._sendings.discard(sending)
         self._pending_bytes -= sending.cost
-        future = sending.future
         failure = sending.failure or (self._failure(sending) if sending.error else None)
         if failure is None:
             self._moved = True
             if sending.size:
                 self._stored += 1
                 self._stored_bytes += sending.size
-            if not future.done():
-                future.set_result(None)
         else:
             self._count_failure(failure)
-            if not future.done():
-                future.set_exception(failure)
         if not self._sendings:
             self._idle.set()
+        sending.settle(failure)
 
     def _failure(self, sending: Sending) -> SinkError:
         """What an error of a message means for its batch, and for the producer."""
@@ -263,12 +258,10 @@ class KafkaSink:
             return SinkUnavailableError("the producer was made anew")
         if kind == "TimedOut":
             return SinkUnavailableError("no broker took the batch in time")
-        if kind == "NotAllowed":
-            self._connection.refusal = (
-                f"the brokers do not let this user write to {', '.join(sending.topics)}: allow it "
-                f"Write, and IdempotentWrite on the cluster ({error.name()})"
-            )
-            self._state.unwell(self._connection.refusal)
+        refusal = refusal_of(kind, sending.topics, error)
+        if refusal:
+            self._connection.refusal = refusal
+            self._state.unwell(refusal)
         elif self._producer is not None and kind in ("Fatal", "UnknownTopic"):
             self._producer.give_up(kind)
         return SinkUnavailableError(error.str())

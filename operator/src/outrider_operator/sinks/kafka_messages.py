@@ -3,6 +3,7 @@
 Does what it can once for each agent instead of once for each message, and keeps no batch.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -17,6 +18,8 @@ Headers = list[tuple[str, str]]
 
 #: Agents whose constant headers are remembered.
 MAX_AGENTS: Final = 16_384
+#: Sets of data types whose header is remembered: agents use few.
+MAX_TYPES: Final = 4096
 #: Longest reason that is written to a dead letter, characters.
 MAX_REASON: Final = 1000
 #: Header of a dead letter that was cut: bytes of the whole.
@@ -26,12 +29,15 @@ HEADER_CUT: Final = "outrider-cut-from"
 class _Fixed:
     """What all messages of one agent have in common."""
 
-    __slots__ = ("by_codec", "key", "node")
+    __slots__ = ("by_codec", "epoch", "epoch_header", "key", "node")
 
     def __init__(self, origin: Origin) -> None:
         self.node = origin.node
         self.key = origin.agent_id.encode()
         self.by_codec: dict[int, Headers] = {}
+        # Of the last batch: mostly the next one's as well.
+        self.epoch = 0
+        self.epoch_header = (records.HEADER_EPOCH, "0")
 
 
 class Messages:
@@ -39,6 +45,9 @@ class Messages:
 
     def __init__(self) -> None:
         self._agents: dict[str, _Fixed] = {}
+        # Batches that came in one message have one origin.
+        self._origin: Origin | None = None
+        self._time_header = (records.HEADER_TIME, "")
 
     def batch(self, origin: Origin, batch: Batch) -> tuple[bytes, Headers]:
         """Key and headers of the message whose value is `batch.records`."""
@@ -48,15 +57,20 @@ class Messages:
         constant = fixed.by_codec.get(batch.codec)
         if constant is None:
             constant = fixed.by_codec[batch.codec] = _constant(origin, batch.codec)
-        types = batch.data_types
+        if fixed.epoch != batch.epoch:
+            fixed.epoch = batch.epoch
+            fixed.epoch_header = (records.HEADER_EPOCH, str(batch.epoch))
+        if origin is not self._origin:
+            self._origin = origin
+            self._time_header = (records.HEADER_TIME, str(origin.received_unix_nanos))
         return fixed.key, [
             *constant,
-            (records.HEADER_EPOCH, str(batch.epoch)),
+            fixed.epoch_header,
             (records.HEADER_SEQ, str(batch.seq)),
             (records.HEADER_COUNT, str(batch.count)),
             (records.HEADER_BYTES, str(batch.decompressed_bytes)),
-            (records.HEADER_TYPES, ",".join(map(str, types))),
-            (records.HEADER_TIME, str(origin.received_unix_nanos)),
+            _types_header(tuple(batch.data_types)),
+            self._time_header,
         ]
 
     def dead_letter(
@@ -76,6 +90,11 @@ class Messages:
             self._agents.clear()
         fixed = self._agents[origin.agent_id] = _Fixed(origin)
         return fixed
+
+
+@functools.lru_cache(MAX_TYPES)
+def _types_header(types: tuple[int, ...]) -> tuple[str, str]:
+    return (records.HEADER_TYPES, ",".join(map(str, types)))
 
 
 def _constant(origin: Origin, codec: int) -> Headers:

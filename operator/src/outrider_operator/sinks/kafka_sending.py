@@ -1,10 +1,11 @@
 """One batch on its way into Kafka: in one message or in many, done when all are stored.
 
-Knows what became of its messages, and nothing of producers.
+Knows what became of its messages, and nothing of producers. There is one for each batch, so that it
+is the Future of it as well: a real one, and a turn of the loop, would be a good part of its cost.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException
@@ -23,6 +24,7 @@ KINDS: Final = {
     KafkaError.MSG_SIZE_TOO_LARGE: "TooLarge",
     KafkaError.RECORD_LIST_TOO_LARGE: "TooLarge",
     KafkaError.INVALID_RECORD: "InvalidRecord",
+    KafkaError.INVALID_TIMESTAMP: "ClockAhead",
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "NotAllowed",
     KafkaError.CLUSTER_AUTHORIZATION_FAILED: "NotAllowed",
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "NotAllowed",
@@ -30,10 +32,9 @@ KINDS: Final = {
 
 
 class Sending:
-    """A batch on its way.
+    """A batch on its way; as core.sink.Storing.
 
     Args:
-        future: what the gateway waits for.
         size: bytes of the batch's records.
         cost: bytes it counts for in the bound.
         topics: where it goes, for counting.
@@ -45,24 +46,36 @@ class Sending:
         error: what a broker or the library said of a message.
     """
 
-    __slots__ = ("_ended", "cost", "error", "failure", "future", "left", "size", "topics")
+    __slots__ = (
+        "_call",
+        "_done",
+        "_ended",
+        "_result",
+        "cost",
+        "error",
+        "failure",
+        "left",
+        "size",
+        "topics",
+    )
 
     def __init__(
         self,
-        future: "asyncio.Future[None]",
         size: int,
         cost: int,
         topics: tuple[str, ...],
         ended: "Callable[[Sending], None]",
     ) -> None:
-        self.future = future
         self.size = size
         self.cost = cost
         self.topics = topics
         self.left = len(topics)
         self.failure: SinkError | None = None
         self.error: KafkaError | None = None
+        self._done = False
         self._ended = ended
+        self._call: Callable[[Sending], object] | None = None
+        self._result: SinkError | None = None
 
     def __call__(self, error: KafkaError | None, _message: Any) -> None:
         """The report of one message."""
@@ -86,9 +99,65 @@ class Sending:
             self.left = 0
             self._ended(self)
 
+    def settle(self, result: SinkError | None) -> None:
+        """It is done; tells whoever waits."""
+        self._done = True
+        self._result = result
+        if self._call is not None:
+            call, self._call = self._call, None
+            call(self)
+
+    # As a Future.
+
+    def add_done_callback(self, call: "Callable[[Any], object]", /) -> None:
+        """Have `call` called when it is done; it must not raise. One caller may ask."""
+        if self._done:
+            asyncio.get_running_loop().call_soon(call, self)
+        else:
+            assert self._call is None
+            self._call = call
+
+    def done(self) -> bool:
+        """Whether it is known what became of it."""
+        return self._done
+
+    def cancelled(self) -> bool:
+        """Never."""
+        return False
+
+    def exception(self) -> SinkError | None:
+        """Why it was not stored."""
+        return self._result
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait until it is done; raises why it was not stored."""
+        if not self._done:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
+            yield from waiter
+        if self._result is not None:
+            raise self._result
+
 
 def kind_of(error: KafkaError) -> str:
     """A word for an error, out of a small set."""
     if error.fatal():
         return "Fatal"
     return KINDS.get(error.code(), "Other")
+
+
+def refusal_of(kind: str, topics: Sequence[str], error: KafkaError) -> str:
+    """Why brokers take nothing from this server at all, and what to do; empty: it is not that."""
+    names = ", ".join(filter(None, topics)) or "their topic"
+    if kind == "NotAllowed":
+        return (
+            f"the brokers do not let this user write to {names}: allow it Write, and "
+            f"IdempotentWrite on the cluster ({error.name()})"
+        )
+    if kind == "ClockAhead":
+        return (
+            f"this server's clock is ahead of the broker's by more than {names} allows, an hour "
+            "unless message.timestamp.after.max.ms says otherwise: set the clocks of this node and "
+            "of the brokers, or the topic's message.timestamp.type to LogAppendTime"
+        )
+    return ""

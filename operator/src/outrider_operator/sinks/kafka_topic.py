@@ -55,6 +55,9 @@ def topic_configs(replicas: int, retention_hours: float = 0.0) -> dict[str, str]
         # By default acks=all is content with one replica when the others are behind, and what was
         # acknowledged goes with that broker. With two, one of three may still be away.
         "min.insync.replicas": "2" if replicas >= 3 else "1",
+        # Otherwise brokers refuse what comes from a server whose clock is an hour ahead of theirs.
+        # When the server took a batch is in its headers.
+        "message.timestamp.type": "LogAppendTime",
     }
     if retention_hours:
         found["retention.ms"] = str(int(retention_hours * 3_600_000))
