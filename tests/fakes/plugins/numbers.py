@@ -2,7 +2,8 @@
 """A plug-in that sends numbered records: 1, 2, 3 and on, over restarts and new versions.
 
 The number sent last stands in its working directory, so a number that nobody got was lost on the
-way, and one that came twice was sent at the moment of its end. Seconds between two: DETAIL.
+way, and one that came twice was sent at the moment of its end. DETAIL: seconds between two, and a
+word that all records bear.
 """
 
 import os
@@ -22,14 +23,15 @@ def main() -> None:
     last, unfinished = Path("last"), Path("last.new")
     number = int(last.read_text()) if last.exists() else 0
     with Plugin() as plugin:
-        seconds = float(plugin.detail)
+        seconds, session = plugin.detail.split()
         try:
             while True:
                 number += 1
-                plugin.send(NUMBERED, {"number": str(number), "version": version})
+                fields = {"number": str(number), "version": version, "session": session}
+                plugin.send(NUMBERED, fields)
                 unfinished.write_text(str(number))
                 unfinished.replace(last)
-                plugin.next_task(seconds)
+                plugin.next_task(float(seconds))
         except PluginClosedError:
             return
 

@@ -216,7 +216,11 @@ async def test_a_start_that_broke_off_is_begun_anew(cluster, monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("spec", "reason", "names"),
     [
-        ({"run": {"plugin": {"name": "x", "dataType": 1}}, "user": "x"}, "NotSupported", "spec.run.plugin"),
+        (
+            {"run": {"plugin": {"name": "x", "dataType": 1}}, "user": "x"},
+            "NotSupported",
+            "spec.run.plugin",
+        ),
         (
             {**PING, "target": {"nodeSelector": {"matchLabels": {"no": "such"}}}},
             "NoMatchingNodes",
