@@ -54,7 +54,7 @@ crds: setup ## write what is derived in the resource definitions, and the chart'
 # ---------------------------------------------------------------- checks and tests
 
 PYTEST = PYTHONPATH=tests $(BIN)/pytest
-CHECKED := proto/src runtime/src operator/src agent/src cli/src plugin/src examples crds tests benchmarks
+CHECKED := proto/src runtime/src operator/src agent/src cli/src plugin/src crds tests benchmarks
 
 .PHONY: check
 check: setup ## everything fast: format, lint, types, layers, freshness, unit tests

@@ -63,7 +63,7 @@ class PluginBench:
         packages = self.directory / "packages"
         packages.mkdir(parents=True, exist_ok=True)
         (packages / sha256).write_bytes(content)
-        source = Source(urls=("https://127.0.0.1:1/x",), sha256=sha256)
+        source = Source(urls=("https://127.0.0.1:1/x",), sha256=sha256, **more.pop("source", {}))
         return Plugin(
             name=name,
             version=more.pop("version", "1.0"),

@@ -1,10 +1,16 @@
 """The Python library for plug-ins: over pipes as an agent makes them, and under a real agent."""
 
+import hashlib
+import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from fakes.plugin_bench import plugins_in
 from outrider_agent.core.plugin_wire import Frames, frame, record_of
 from outrider_plugin import Plugin, PluginClosedError
 from outrider_proto import records
@@ -72,3 +78,54 @@ def test_threads_do_not_mix_their_records() -> None:
 def test_it_says_when_no_agent_started_it() -> None:
     with pytest.raises(PluginClosedError, match="an agent starts plug-ins"):
         Plugin(1000, 1001)
+
+
+async def test_the_example_packs_signs_watches_and_answers(tmp_path: Path) -> None:
+    copied = tmp_path / "examples/plugins/filewatch"
+    shutil.copytree(EXAMPLE, copied)
+    shutil.copytree(EXAMPLE.parents[2] / "plugin/src", tmp_path / "plugin/src")
+    key, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    for command in (
+        ["openssl", "genpkey", "-algorithm", "ed25519", "-out", key],
+        ["openssl", "pkey", "-in", key, "-pubout", "-out", public],
+    ):
+        subprocess.run(command, check=True)
+    printed = subprocess.run([copied / "pack.sh", key], check=True, capture_output=True, text=True)
+    told = dict(line.split(": ") for line in printed.stdout.splitlines())
+    content = (copied / "filewatch.tar.gz").read_bytes()
+    assert told["sha256"] == hashlib.sha256(content).hexdigest()
+    again = subprocess.run([copied / "pack.sh"], check=True, capture_output=True, text=True)
+    assert again.stdout == f"sha256: {told['sha256']}\n"  # the same files give the same package
+    watched = tmp_path / "watched"
+    watched.write_text("one")
+    async with plugins_in(
+        tmp_path / "agent", public_keys=(str(public),), require_signature=True
+    ) as bench:
+        await bench.apply(
+            bench.plugin(
+                json.dumps({"paths": [str(watched)], "intervalSeconds": 1}),
+                name="filewatch",
+                content=content,
+                source={"format": "tar.gz", "signature": told["signature"]},
+                env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            )
+        )
+        await bench.until(lambda: bench.sink.fields(6001))
+        watched.write_text("two")
+        await bench.until(lambda: len(bench.sink.fields(6001)) > 1)
+        watched.unlink()
+        await bench.until(lambda: len(bench.sink.fields(6001)) > 2)
+        present, changed, removed = bench.sink.fields(6001)
+        assert (present["event"], changed["event"], removed) == (
+            "present",
+            "changed",
+            {"path": str(watched), "event": "removed"},
+        )
+        assert changed["sha256"] == hashlib.sha256(b"two").hexdigest()
+        watched.write_text("three")
+        answer = await bench.plugins.ask("filewatch", 6001, str(watched), 10)
+        assert answer == {str(watched): hashlib.sha256(b"three").hexdigest()}
+        assert "error" in await bench.plugins.ask("filewatch", 1, "x", 10)
+        pid = bench.pid("filewatch")
+        await bench.apply()
+        assert not Path(f"/proc/{pid}").exists()
