@@ -70,7 +70,7 @@ def chart_values(cluster: None) -> dict[str, Any]:
 
     Plug-ins count as well soon, and agents come back soon when servers do: both save time only.
     """
-    plugins.start_server()
+    command.must("packages")
     values = release.values(_built, kafka=True)
     values["agent"] |= {
         "plugins": {"caConfigMap": plugins.CA_CONFIG_MAP},

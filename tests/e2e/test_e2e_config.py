@@ -1,4 +1,4 @@
-"""AgentConfigs on three nodes: a new pace, a plug-in, a bad version of it, no server, an upgrade."""
+"""AgentConfigs on three nodes: a new pace, a plug-in and its bad version, no server, an upgrade."""
 
 from __future__ import annotations
 
