@@ -39,8 +39,10 @@ MOST_P50_MILLIS, MOST_P99_MILLIS = 250.0, 600.0
 RATE = 10.0
 #: Kafka takes so much while memory is watched, bytes a second.
 SLOW_BYTES = 2 * look.MIB
-#: As the server's setting gateway.maxInflightBytes, and what else is held for it at most.
-INFLIGHT_BYTES = 128 * look.MIB
+#: What the gateway may take, by docs/sizing.md: its setting gateway.maxInflightBytes with what its
+#: heap needs around it, and a part for each stream.
+INFLIGHT_BYTES = 128 * look.MIB * 5 // 4
+STREAM_BYTES = 128 * 1024
 MOST_GROWTH_MIB = 2.0
 #: The window of a stream with which a gateway's budget is reached by a hundred agents.
 MEMORY_AGENTS = 200
@@ -56,7 +58,7 @@ class Plan:
         seconds: of each count.
         repeat: counts.
         latency_agents, latency_seconds: as their names say.
-        memory_seconds: how long memory is watched.
+        memory_agents, memory_seconds: how many while memory is watched, and how long.
         pool: different batches in each process of load.
         processes: of load.
         idle_seconds, load_seconds: of the agent.
@@ -68,6 +70,7 @@ class Plan:
     repeat: int
     latency_agents: list[int]
     latency_seconds: float
+    memory_agents: list[int]
     memory_seconds: float
     pool: int
     processes: int
@@ -105,7 +108,7 @@ def main() -> int:
     ):
         stage = Stage(plane, Path(scratch))
         try:
-            most = max([*plan.agents, *plan.latency_agents, MEMORY_AGENTS])
+            most = max([*plan.agents, *plan.latency_agents, *plan.memory_agents])
             with steps.step(f"broker; Nodes, Pods and tokens of {most} agents") as step:
                 stage.start(most, lambda done: step.update(f"{done}/{most}"))
             bench = Bench(stage, plan, report, steps, profiler)
@@ -141,6 +144,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         repeat=1 if look_only else 3,
         latency_agents=[count for count in agents if count >= 100] or agents,
         latency_seconds=10.0 if look_only else 30.0,
+        memory_agents=agents if options.agents else [MEMORY_AGENTS],
         memory_seconds=60 * minutes,
         pool=150 if look_only else 600,
         processes=2,
@@ -275,14 +279,19 @@ def _latency(bench: Bench) -> None:
 
 def _memory(bench: Bench) -> None:
     """The gateway between full windows and a Kafka that takes little."""
+    for agents in bench.plan.memory_agents:
+        _memory_of(bench, agents)
+
+
+def _memory_of(bench: Bench, agents: int) -> None:
     stage, plan = bench.stage, bench.plan
     server = stage.serve("server-0", {}, throttled=True)
     try:
         pid = stage.pid(server.name)
         stage.throttle.slow(stage.broker.front, up=SLOW_BYTES)
         with (
-            bench.steps.step(f"memory with a slow Kafka, {plan.memory_seconds:.0f} s") as step,
-            _connected(stage, plan) as load,
+            bench.steps.step(f"memory of {agents} agents, {plan.memory_seconds:.0f} s") as step,
+            _connected(stage, plan, agents) as load,
         ):
             found = look.memory(
                 pid,
@@ -298,7 +307,7 @@ def _memory(bench: Bench) -> None:
     growth = found.growth / look.MIB
     bench.report.line(
         "memory",
-        agents=MEMORY_AGENTS,
+        agents=agents,
         seconds=plan.memory_seconds,
         base_mib=round(found.base / look.MIB, 1),
         most_mib=round(found.most / look.MIB, 1),
@@ -306,9 +315,10 @@ def _memory(bench: Bench) -> None:
         acked_records=total["acked_records"],
         kafka_takes_mib_per_second=SLOW_BYTES / look.MIB,
     )
-    budget = INFLIGHT_BYTES / look.MIB
-    bench.report.bound("memory with a slow Kafka, above idle", above, "MiB", budget)
-    bench.report.bound("its growth in the second half", growth, "MiB/min", MOST_GROWTH_MIB)
+    budget = (INFLIGHT_BYTES + agents * STREAM_BYTES) / look.MIB
+    name = f"memory with a slow Kafka, {agents} agents"
+    bench.report.bound(f"{name}: above idle", above, "MiB", budget)
+    bench.report.bound(f"{name}: growth in the second half", growth, "MiB/min", MOST_GROWTH_MIB)
 
 
 @dataclass
@@ -322,9 +332,9 @@ class _Loaded:
 class _connected:  # noqa: N801 - used as a function
     """Load whose agents are connected, with a look at the gateway before it begins."""
 
-    def __init__(self, stage: Stage, plan: Plan) -> None:
+    def __init__(self, stage: Stage, plan: Plan, agents: int) -> None:
         self._stage = stage
-        self._load = stage.load(MEMORY_AGENTS, plan.processes, plan.pool)
+        self._load = stage.load(agents, plan.processes, plan.pool)
 
     def __enter__(self) -> _Loaded:
         load = self._load.__enter__()

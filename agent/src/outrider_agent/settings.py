@@ -4,7 +4,6 @@ Settings are passed in, never global. What one file cannot know (does the certif
 the node named) is checked by `check`, before anything starts.
 """
 
-import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -20,16 +19,14 @@ from outrider_agent.core.policy import (
     pattern_fault,
     user_name,
 )
+from outrider_agent.settings_collectors import (
+    CollectorsSettings,
+    HeartbeatSettings,
+    check_collectors,
+)
+from outrider_agent.settings_config import ConfigSettings, ListenersSettings
 
 MIB = 1024 * 1024
-#: What can be read for /metrics, by the names of node_exporter's collectors.
-NODE_COLLECTORS = (
-    "conntrack", "cpu", "diskstats", "filefd", "filesystem", "hwmon", "loadavg", "meminfo",
-    "netclass", "netdev", "netstat", "pressure", "sockstat", "stat", "thermal_zone", "time",
-    "uname", "vmstat",
-)  # fmt: skip
-#: What the inventory can hold.
-INVENTORY_KINDS = ("packages", "accounts", "ports", "mounts", "modules")
 
 
 class OpsSettings(Section, frozen=True):
@@ -159,129 +156,6 @@ class StateSettings(Section, frozen=True):
             "within a second, which a power loss may cost. The journal of runs is always synced."
         ),
     ] = "full"
-
-
-class HeartbeatSettings(Section, frozen=True):
-    """The heart-beat record."""
-
-    interval_seconds: Annotated[
-        float, Meta(ge=1, le=3600, description="Time between two heart-beat records, seconds.")
-    ] = 60.0
-
-
-class HostSettings(Section, frozen=True):
-    """Metrics of the host, as records."""
-
-    enabled: Annotated[bool, Meta(description="Whether they are gathered.")] = True
-    interval_seconds: Annotated[
-        float, Meta(ge=1, le=3600, description="Time between two collections, seconds.")
-    ] = 15.0
-
-
-class NodeMetricsSettings(Section, frozen=True):
-    """Metrics of the host on /metrics, under the names of Prometheus' node_exporter."""
-
-    enabled: Annotated[bool, Meta(description="Whether they are there.")] = True
-    collectors: Annotated[
-        tuple[str, ...],
-        Meta(description=f"What is read, of {', '.join(NODE_COLLECTORS)}."),
-    ] = NODE_COLLECTORS
-    mount_points_exclude: Annotated[
-        str, Meta(description="Regular expression of mount points that are left out.")
-    ] = r"^/(dev|proc|run/credentials/.+|sys|var/lib/docker/.+|var/lib/containers/storage/.+)($|/)"
-    fs_types_exclude: Annotated[
-        str, Meta(description="Regular expression of kinds of file systems that are left out.")
-    ] = (
-        r"^(autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|devtmpfs|fusectl|hugetlbfs"
-        r"|iso9660|mqueue|nsfs|overlay|proc|procfs|pstore|rpc_pipefs|securityfs|selinuxfs"
-        r"|squashfs|erofs|sysfs|tracefs)$"
-    )
-    disks_exclude: Annotated[
-        str, Meta(description="Regular expression of disks that are left out.")
-    ] = r"^(z?ram|loop|fd|(h|s|v|xv)d[a-z]|nvme\d+n\d+p)\d+$"
-    networks_exclude: Annotated[
-        str,
-        Meta(description="Regular expression of network devices that are left out; empty: none."),
-    ] = ""
-
-
-class InventorySettings(Section, frozen=True):
-    """What there is on the host, as records: whole, and then what changed."""
-
-    enabled: Annotated[bool, Meta(description="Whether it is gathered.")] = True
-    kinds: Annotated[
-        tuple[str, ...], Meta(description=f"What is gathered, of {', '.join(INVENTORY_KINDS)}.")
-    ] = INVENTORY_KINDS
-    check_seconds: Annotated[
-        float,
-        Meta(ge=1, le=86_400, description="Time between two looks for signs of a change, seconds."),
-    ] = 60.0
-    interval_seconds: Annotated[
-        float,
-        Meta(ge=1, le=604_800, description="Longest time until all is read again, seconds."),
-    ] = 3600.0
-    full_seconds: Annotated[
-        float,
-        Meta(ge=1, le=2_592_000, description="Longest time until all is told again, seconds."),
-    ] = 86_400.0
-
-
-class CollectorsSettings(Section, frozen=True):
-    """What is gathered."""
-
-    host: HostSettings = field(default_factory=HostSettings)
-    node_metrics: NodeMetricsSettings = field(default_factory=NodeMetricsSettings)
-    inventory: InventorySettings = field(default_factory=InventorySettings)
-
-
-class ConfigSettings(Section, frozen=True):
-    """The configuration that servers give, which goes before these settings where it asks."""
-
-    enabled: Annotated[
-        bool,
-        Meta(description="Whether this node takes any; else these settings are all there is."),
-    ] = True
-    file: Annotated[
-        str,
-        Meta(
-            pattern=r"^[A-Za-z0-9][-_.A-Za-z0-9]*$",
-            max_length=200,
-            description="Name of the file in state.directory that the last good one is kept in.",
-        ),
-    ] = "last-good-config"
-
-
-class FramedTcpSettings(Section, frozen=True):
-    """The listener for framed messages of programs on this node."""
-
-    address: Annotated[
-        str, Meta(description='Where it listens, "IP:port"; empty: only where configured.')
-    ] = ""
-    allow_remote: Annotated[
-        bool,
-        Meta(
-            description="Whether it may listen elsewhere than on loopback; nothing there proves "
-            "who sends."
-        ),
-    ] = False
-    max_connections: Annotated[
-        int, Meta(ge=1, le=4096, description="Most connections at once; more are closed.")
-    ] = 128
-    idle_seconds: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=3600,
-            description="After so long without a whole message, or without reading an answer, a "
-            "connection is closed, seconds.",
-        ),
-    ] = 120.0
-
-
-class ListenersSettings(Section, frozen=True):
-    """Where programs on this node hand over records."""
-
-    framed_tcp: FramedTcpSettings = field(default_factory=FramedTcpSettings)
 
 
 class BatchSettings(Section, frozen=True):
@@ -501,7 +375,7 @@ def check(settings: AgentSettings) -> None:
             f'setting "tasks.allowedKinds": expected some of {", ".join(RUN_KINDS)}, '
             f"got {', '.join(unknown)}"
         )
-    _check_collectors(settings.collectors)
+    check_collectors(settings.collectors)
     for pattern in settings.tasks.allowed_executables:
         fault = pattern_fault(pattern)
         if fault:
@@ -530,28 +404,3 @@ def _check_plugins(settings: AgentSettings) -> None:
             'setting "plugins.requireSignature": expected a key in plugins.publicKeys as well, '
             "else no plug-in could run"
         )
-
-
-def _check_collectors(settings: CollectorsSettings) -> None:
-    node, inventory = settings.node_metrics, settings.inventory
-    for setting, names, known in (
-        ("nodeMetrics.collectors", node.collectors, NODE_COLLECTORS),
-        ("inventory.kinds", inventory.kinds, INVENTORY_KINDS),
-    ):
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise SettingsError(
-                f'setting "collectors.{setting}": expected some of {", ".join(known)}, '
-                f"got {', '.join(unknown)}"
-            )
-    for name in ("mount_points", "fs_types", "disks", "networks"):
-        pattern = getattr(node, f"{name}_exclude")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            parts = name.split("_")
-            text = parts[0] + "".join(part.title() for part in parts[1:])
-            raise SettingsError(
-                f'setting "collectors.nodeMetrics.{text}Exclude": expected a regular expression, '
-                f"got {pattern!r}: {error}"
-            ) from None

@@ -132,7 +132,8 @@ class GatewaySettings(Section, frozen=True):
         Meta(
             ge=64 * limits.KIB,
             le=64 * limits.MIB,
-            description="Batches one stream may have in flight, bytes (one batch always may).",
+            description="Batches one stream may have in flight, bytes (one batch always may); "
+            "with many streams their agents are given less.",
         ),
     ] = limits.MIB
     max_inflight_bytes: Annotated[
@@ -140,7 +141,8 @@ class GatewaySettings(Section, frozen=True):
         Meta(
             ge=limits.BATCH_BYTES,
             le=64 * 1024 * limits.MIB,
-            description="Batches all streams together may have in flight, bytes.",
+            description="Memory for batches of all streams, bytes: with the sink's copies and what "
+            "waits for room.",
         ),
     ] = 128 * limits.MIB
     drain_seconds: Annotated[

@@ -21,7 +21,7 @@ from outrider_agent.core import inventory
 from outrider_agent.core.inventory import Changes, Entries
 from outrider_agent.core.records import RecordClass
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import INVENTORY_KINDS, InventorySettings
+from outrider_agent.settings_collectors import INVENTORY_KINDS, InventorySettings
 from outrider_proto import records
 from prometheus_client import CollectorRegistry
 

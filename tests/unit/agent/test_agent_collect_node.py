@@ -19,7 +19,7 @@ from outrider_agent.collectors.nodedevices import Found
 from outrider_agent.collectors.nodekernel import Processors, single
 from outrider_agent.collectors.nodemetrics import NodeMetrics
 from outrider_agent.core import procfs
-from outrider_agent.settings import NODE_COLLECTORS, NodeMetricsSettings
+from outrider_agent.settings_collectors import NODE_COLLECTORS, NodeMetricsSettings
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 from fakes.agent_parts import value
 from fakes.config_parts import FakePart, applying, config_of
 from outrider_agent.config import applier as applier_module
@@ -13,6 +14,14 @@ from outrider_agent.config.lastgood import DamagedError, LastGood
 from outrider_proto import effective
 from outrider_proto.effective import Dataset, Effective
 from outrider_proto.v1 import agent_pb2 as pb
+
+
+@pytest.fixture(autouse=True)
+def lines() -> Iterator[None]:
+    """Not rendered: tracebacks in colours, as structlog makes them by default, take seconds."""
+    with structlog.testing.capture_logs():
+        yield
+
 
 INFO, DEBUG, ERROR = map(config_of, ("info", "debug", "error"))
 

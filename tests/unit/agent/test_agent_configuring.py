@@ -19,7 +19,8 @@ from outrider_agent.core.config import ConfigError
 from outrider_agent.core.frames import HEARTBEAT, Packet, frame
 from outrider_agent.core.plugins import PluginError
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import AgentSettings, FramedTcpSettings, ListenersSettings
+from outrider_agent.settings import AgentSettings
+from outrider_agent.settings_config import FramedTcpSettings, ListenersSettings
 from outrider_proto import effective
 from outrider_proto.effective import Agent, Effective, FramedTcp, Listeners, Plugin, Source
 from outrider_proto.v1 import agent_pb2 as pb

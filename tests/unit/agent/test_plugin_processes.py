@@ -12,7 +12,7 @@ import pytest
 from fakes.agent_parts import ListSink
 from fakes.plugin_bench import NUMBERED, PluginBench, numbered, plugins_in
 from outrider_agent.core.records import RecordClass
-from outrider_agent.plugins import manager
+from outrider_agent.plugins import cgroups, manager
 from outrider_agent.plugins.manager import PluginError
 from outrider_proto import limits, records
 from outrider_proto.v1 import agent_pb2 as pb
@@ -347,7 +347,7 @@ async def test_heartbeats_have_the_known_fields(tmp_path: Path) -> None:
         fields = bench.sink.fields(records.PLUGIN_HEARTBEAT)[0]
     known = "name pversion cpu rss read_speed write_speed pid nfd start_time du "
     known += "rx_tps tx_tps rx_speed tx_speed"
-    assert " ".join(fields) == known
+    assert set(fields) == set(known.split())
     assert fields["name"] == "wire"
     assert fields["pversion"] == "1.0"
     assert int(fields["rss"]) > 0
@@ -379,3 +379,35 @@ async def test_what_a_killed_agent_left_is_ended(tmp_path: Path) -> None:
         async with plugins_in(tmp_path) as second:
             await second.apply()
             assert not set(left) & set(first.processes())
+
+
+async def test_what_was_prepared_in_vain_does_not_pile_up(bench: PluginBench) -> None:
+    await bench.apply(bench.plugin("emit 0"))
+    (bench.directory / "work/earlier").mkdir(parents=True)
+    for number in range(3):
+        await bench.plugins.prepare([bench.plugin("x", name=f"other{number}")])
+    unpacked = bench.directory / "unpacked"
+    assert sorted(path.name.split(".")[0] for path in unpacked.iterdir()) == ["other2", "wire"]
+    await bench.apply(bench.plugin("emit 1"))
+    assert [path.name.split(".")[0] for path in unpacked.iterdir()] == ["wire"]
+    assert [path.name for path in (bench.directory / "work").iterdir()] == ["wire"]
+
+
+def test_groups_of_version_2_where_the_agent_may_make_them(tmp_path: Path) -> None:
+    assert cgroups.make("fim", 250, 64 << 20, tmp_path).folders == []
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory\n")
+    made = cgroups.make("fim", 250, 64 << 20, tmp_path)
+    folder = tmp_path / "outrider-plugin-fim"
+    assert (made.version, made.memory, made.cpu) == ("v2", folder, folder)
+    assert made.procs == [str(folder / "cgroup.procs")]
+    assert (folder / "memory.max").read_text() == str(64 << 20)
+    assert (folder / "cpu.max").read_text() == "25000 100000"
+    (folder / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
+    assert made.out_of_memory() == 1
+    (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
+    (tmp_path / "cgroup.subtree_control").chmod(0o444)
+    (tmp_path / "cgroup.procs").write_text("1 999999\n")  # not ours alone: left as they are
+    some = cgroups.make("other", 250, 64 << 20, tmp_path)
+    if os.geteuid() != 0:  # root writes whatever the mode says
+        assert (some.memory, some.cpu) == (None, tmp_path / "outrider-plugin-other")

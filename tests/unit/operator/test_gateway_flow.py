@@ -22,6 +22,7 @@ from fakes.memory_sink import MemorySink
 from grpc_health.v1 import health_pb2
 from outrider_operator.core.sink import Origin, SinkRejectedError
 from outrider_operator.gateway.intake import BATCH_COST_BYTES
+from outrider_operator.gateway.pace import LEAST_WINDOW_BYTES
 from outrider_operator.gateway.stream import STREAM_BATCHES
 from outrider_operator.settings import LimitSettings
 from outrider_proto import limits
@@ -115,6 +116,26 @@ class TestWelcome:
         assert one.envelope.extranet_ipv6 == "x" * 600
         assert len(one.envelope.hostname) == 253
         assert one.envelope.product == "outrider-agent"
+
+    async def test_many_agents_get_smaller_windows_and_larger_ones_again(
+        self, tmp_path: Path
+    ) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            running = await stack.enter_async_context(
+                running_gateway(tmp_path, max_inflight_bytes=4 * limits.MIB)
+            )
+            channel = await stack.enter_async_context(running.connect())
+            first = RawAgent(channel, running.reviews.agent("first"))
+            await first.send(hello("first"))
+            assert (await first.receive()).welcome.window_bytes == limits.MIB
+            others = await stack.enter_async_context(running.connect())
+            for number in range(7):
+                await open_stream(others, running.reviews.agent(f"n-{number}"), f"n-{number}")
+            while (await first.receive()).welcome.window_bytes > LEAST_WINDOW_BYTES:
+                pass  # they did not all come between two looks
+            await others.close()
+            while (await first.receive()).welcome.window_bytes < limits.MIB:
+                pass
 
 
 class TestRejected:

@@ -1,12 +1,15 @@
 """Parts of the Kafka sink that need no broker: messages, secrets from files, settings, its log."""
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import sink_suite
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_operator.core.routing import Routes
 from outrider_operator.core.sink import Envelope, Origin
 from outrider_operator.settings_kafka import (
     KafkaRoute,
@@ -15,9 +18,11 @@ from outrider_operator.settings_kafka import (
     check_kafka,
 )
 from outrider_operator.sinks.kafka_log import BrokerLog
-from outrider_operator.sinks.kafka_messages import HEADER_CUT, Messages, one_by_one
+from outrider_operator.sinks.kafka_messages import HEADER_CUT, Headers, Messages, one_by_one
+from outrider_operator.sinks.kafka_records import SLICE, RecordWriter
 from outrider_operator.sinks.kafka_security import SecurityError, for_aiokafka, for_librdkafka
-from outrider_proto import batches, records
+from outrider_operator.sinks.kafka_sending import Sending
+from outrider_proto import batches, limits, records
 from outrider_proto.v1.agent_pb2 import CODEC_NONE, CODEC_ZSTD, EncodedRecord, RecordBatch
 from outrider_proto.v1.sink_pb2 import MQData
 from outrider_runtime.settings import SettingsError
@@ -176,3 +181,27 @@ def test_the_same_line_is_logged_seldom(caplog: pytest.LogCaptureFixture) -> Non
         now[0] = 31.0
         say("something else")
         assert len(caplog.records) == 3
+
+
+async def test_many_small_batches_do_not_hold_the_loop_either() -> None:
+    ended: list[Sending] = []
+    handed: list[int] = []
+
+    def produce(topic: str, key: bytes, value: bytes, headers: Headers, sending: Sending) -> None:
+        handed[-1] += 1
+        sending(None, None)
+
+    writer = RecordWriter(Routes([], "T"), produce, lambda _: limits.MIB)
+    for seq in range(1, 101):
+        writer.put(
+            Sending(10, 10, ("",), ended.append),
+            sink_suite.origin(),
+            sink_suite.batch(seq, records=50),
+        )
+    writing = asyncio.create_task(writer.run())
+    while len(ended) < 100:
+        handed.append(0)  # of this turn of the loop
+        await asyncio.sleep(0)
+    writing.cancel()
+    assert sum(handed) == 5000
+    assert max(handed) <= SLICE

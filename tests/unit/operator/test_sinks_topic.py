@@ -10,7 +10,11 @@ from outrider_operator.sinks.kafka_topic import MESSAGE_BYTES, topic_configs, tr
 def test_of_three_replicas_one_may_be_away_and_one_does_not_do(replicas: int, in_sync: str) -> None:
     """With one or two replicas, two in sync would mean that nothing is stored with one away."""
     found = topic_configs(replicas)
-    assert found == {"max.message.bytes": str(MESSAGE_BYTES), "min.insync.replicas": in_sync}
+    assert found == {
+        "max.message.bytes": str(MESSAGE_BYTES),
+        "min.insync.replicas": in_sync,
+        "message.timestamp.type": "LogAppendTime",
+    }
 
 
 def test_topics_keep_records_as_long_as_was_said() -> None:

@@ -30,7 +30,7 @@ from outrider_agent.core import inventory, procfs
 from outrider_agent.core.inventory import Changes, Entries, Listener
 from outrider_agent.core.records import RecordClass, RecordSink
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import InventorySettings
+from outrider_agent.settings_collectors import InventorySettings
 
 log = get_logger("outrider.collectors")
 

@@ -22,7 +22,7 @@ from outrider_agent.collectors.hostinfo import HostPaths
 from outrider_agent.collectors.limited import Limited
 from outrider_agent.collectors.nodedevices import FileSystemMetrics, Found
 from outrider_agent.collectors.nodekernel import family
-from outrider_agent.settings import NodeMetricsSettings
+from outrider_agent.settings_collectors import NodeMetricsSettings
 
 log = get_logger("outrider.collectors")
 

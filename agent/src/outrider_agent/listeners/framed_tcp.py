@@ -25,7 +25,7 @@ from outrider_agent.core.config import ConfigError
 from outrider_agent.core.frames import FrameError, Frames, Packet
 from outrider_agent.core.records import RecordClass, RecordSink
 from outrider_agent.metrics import AgentMetrics
-from outrider_agent.settings import FramedTcpSettings
+from outrider_agent.settings_config import FramedTcpSettings
 
 log = get_logger("outrider.listeners")
 
@@ -126,6 +126,7 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: set[str] = set()
+        self._closed = False
 
     @property
     def port(self) -> int:
@@ -143,6 +144,7 @@ class Listener:
 
     async def close(self) -> None:
         """Take no more, and close those there are."""
+        self._closed = True
         if self._server is not None:
             self._server.close()
         self.socket.close()
@@ -155,6 +157,9 @@ class Listener:
         task = asyncio.current_task()
         assert task is not None
         gauge = self._metrics.listener_connections.labels(NAME)
+        if self._closed:  # it was on its way meanwhile
+            writer.transport.abort()
+            return
         if len(self._tasks) >= self._settings.max_connections:
             self._close("crowded", "more than listeners.framedTcp.maxConnections at once")
             writer.transport.abort()

@@ -142,6 +142,8 @@ class Plugins:
             await self._clean()
             options = self._options
             users = {p.name: places.account_of(p, options.own, options.directory) for p in wanted}
+            # What was prepared and never switched to must not pile up.
+            await asyncio.to_thread(self._packages.forget, self._used())
             if not wanted:
                 return Prepared(())
             self._fetching = {p.name: p for p in wanted if p.name not in self._runners}
@@ -176,9 +178,12 @@ class Plugins:
         async with asyncio.TaskGroup() as group:
             for name in sorted({*old, *(n for n in wanted if n not in self._runners)}):
                 group.create_task(self._replace_one(old.get(name), wanted.get(name)))
-        used = [runner.package for runner in self._runners.values()]
-        await asyncio.to_thread(self._packages.forget, used)
+        await asyncio.to_thread(self._packages.forget, self._used())
+        await asyncio.to_thread(places.keep_only, self._options.directory, set(self._runners))
         self._changed()
+
+    def _used(self) -> list[Package]:
+        return [runner.package for runner in self._runners.values()]
 
     async def _replace_one(self, old: Runner | None, ready: Ready | None) -> None:
         if old is not None:
@@ -188,7 +193,6 @@ class Plugins:
             name = old.plugin.name
             del self._runners[name]
             self._metrics.forget_plugin(name)
-            await asyncio.to_thread(places.remove_work_directory, self._options.directory, name)
             log.info("plug-in removed", plugin=name)
             return
         runner = Runner(ready.plugin, ready.package, ready.account, self._site)

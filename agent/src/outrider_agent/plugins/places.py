@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -129,9 +130,12 @@ def work_directory(root: Path, name: str, account: Account | None, package: Pack
     return directory
 
 
-def remove_work_directory(root: Path, name: str) -> None:
-    """Remove what a plug-in that is no more has left."""
-    shutil.rmtree(root / "work" / name, ignore_errors=True)
+def keep_only(root: Path, names: Collection[str]) -> None:
+    """Remove the working directories of all other plug-ins, also of those an earlier agent had."""
+    with contextlib.suppress(FileNotFoundError):
+        for folder in (root / "work").iterdir():
+            if folder.name not in names:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def intact(package: Package) -> bool:

@@ -1,4 +1,4 @@
-"""Who sends more than its share: the buckets of all agents and of the process.
+"""How much an agent may send: its window, and the buckets of all agents and of the process.
 
 Counts and answers; tells nobody and waits for nothing. How much is too much is decided in
 core/rates.py, what follows from it in transfer.py.
@@ -7,9 +7,27 @@ core/rates.py, what follows from it in transfer.py.
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Final
+
+from outrider_proto import limits
 
 from outrider_operator.core.rates import Allowance
-from outrider_operator.settings import LimitSettings
+from outrider_operator.settings import GatewaySettings, LimitSettings
+
+#: Window of an agent when there are many, bytes: some batches of the usual size.
+LEAST_WINDOW_BYTES: Final = 128 * limits.KIB
+#: All windows together are such a part of the bound at most, but for that.
+UNREAD_PART: Final = 4
+
+
+def window(settings: GatewaySettings, streams: int) -> int:
+    """Bytes that an agent may have on their way, with so many streams open, its own included.
+
+    What an agent has sent and the gateway has no room for yet is in buffers of its connection and
+    in the message that is being read, so that many agents get less each.
+    """
+    fair = settings.max_inflight_bytes // (UNREAD_PART * max(1, streams))
+    return min(settings.window_bytes, max(LEAST_WINDOW_BYTES, fair))
 
 
 class Limiter:

@@ -25,6 +25,7 @@ from outrider_operator.core.rates import Pauses
 from outrider_operator.gateway.auth import current_identity
 from outrider_operator.gateway.hub import CLOSED, DRAINING, PEER_GONE, TOO_SLOW, End
 from outrider_operator.gateway.outgoing import Outgoing, OutgoingFullError
+from outrider_operator.gateway.pace import window
 from outrider_operator.gateway.plain import PlainStream
 from outrider_operator.gateway.session import (
     BatchesCame,
@@ -37,20 +38,15 @@ from outrider_operator.gateway.session import (
     SessionProtocol,
 )
 from outrider_operator.gateway.stream import CLOSE_SECONDS, STREAM_BATCHES, Shared, Stream
-from outrider_operator.settings import GatewaySettings
 
 #: Refusing a peer that reads nothing must not wait for it for ever, seconds.
 ABORT_SECONDS: Final = 5.0
 #: Acknowledgements of a stream are gathered for so long after the last ones were sent, seconds,
-#: unless as many bytes of its window are free again as this share. An agent with a full window
-#: sends what it has room for: many small acknowledgements would make many small messages of it.
-GATHER_SECONDS: Final = 0.2
+#: unless this share of its window is free again. An agent with a full window sends what it has room
+#: for: many small acknowledgements would make many small messages of it. Others do not wait for
+#: them, and nothing else does.
+GATHER_SECONDS: Final = 0.5
 GATHER_SHARE: Final = 0.5
-
-#: Window of an agent when there are many, bytes: some batches of the usual size.
-LEAST_WINDOW_BYTES: Final = 128 * limits.KIB
-#: All windows together are such a part of the bound at most, but for that.
-UNREAD_PART: Final = 4
 
 log = get_logger(__name__)
 
@@ -107,6 +103,7 @@ class AgentStream(Stream):
     """
 
     __slots__ = (
+        "_acked_batches",
         "_acked_bytes",
         "_gather",
         "_granted",
@@ -134,6 +131,7 @@ class AgentStream(Stream):
         self._writing_since = 0.0
         self._sent_at = 0.0
         self._acked_bytes = 0
+        self._acked_batches = 0
         self._granted = 0
         self._letting_go = False
         self.config_report = b""
@@ -342,6 +340,7 @@ class AgentStream(Stream):
         except OutgoingFullError:
             self.end(TOO_SLOW)
         self._acked_bytes += size
+        self._acked_batches += 1
         if self._writer is None:
             self._wake_for_acks()
 
@@ -365,7 +364,10 @@ class AgentStream(Stream):
 
     def _wake_for_acks(self) -> None:
         """Send acknowledgements now, or with those that follow soon."""
-        if self._acked_bytes >= GATHER_SHARE * self._granted:
+        if (
+            self._acked_bytes >= GATHER_SHARE * self._granted
+            or self._acked_batches >= GATHER_SHARE * STREAM_BATCHES
+        ):
             self._wake()
         elif self._gather is None:
             loop = asyncio.get_running_loop()
@@ -392,7 +394,7 @@ class AgentStream(Stream):
     async def _write(self) -> None:
         try:
             while self._outgoing is not None:
-                self._acked_bytes = 0
+                self._acked_bytes = self._acked_batches = 0
                 command = self._outgoing.take()
                 if command is None:
                     self._outgoing = None
@@ -415,16 +417,6 @@ class AgentStream(Stream):
         self._sent_at = asyncio.get_running_loop().time()
         self._shared.metrics.messages_down.inc()
         self._shared.metrics.bytes_down.inc(len(data))
-
-
-def window(settings: GatewaySettings, streams: int) -> int:
-    """Bytes that an agent may have on their way, with so many streams open, its own included.
-
-    What an agent has sent and the gateway has no room for yet is in buffers of its connection and
-    in the message that is being read, so that many agents get less each.
-    """
-    fair = settings.max_inflight_bytes // (UNREAD_PART * max(1, streams))
-    return min(settings.window_bytes, max(LEAST_WINDOW_BYTES, fair))
 
 
 def _address(peer: str) -> str:

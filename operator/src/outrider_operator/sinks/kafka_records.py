@@ -50,6 +50,8 @@ class RecordWriter:
         # Bounded by the sink, which counts what it lets in here.
         self._waiting: deque[tuple[Sending, Origin, Batch]] = deque()
         self._some = asyncio.Event()
+        # Messages handed over in this turn of the loop, whichever batches they are of.
+        self._turn = 0
 
     def put(self, sending: Sending, origin: Origin, batch: Batch) -> None:
         """Have a batch written; `sending` must count one message, which stands for the opening."""
@@ -84,7 +86,9 @@ class RecordWriter:
                     return  # given up meanwhile: what is still to come would only be repeats
                 sending.left += 1
                 self._produce(topic, key, value, headers, sending)
-            if number % SLICE == 0:
+            self._turn += 1
+            if self._turn >= SLICE:
+                self._turn = 0
                 await asyncio.sleep(0)
         if sending.left > 0:
             sending(None, None)
