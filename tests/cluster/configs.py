@@ -64,7 +64,7 @@ def await_phase(name: str, phase: str, timeout: float = 60.0) -> list[dict[str, 
         return bool(found.get("rollout", {}).get("phase") == phase)
 
     try:
-        eventually(f"{name} {phase}", reached, timeout, 0.1)
+        eventually(f"{name} {phase}", reached, timeout, 0.2)
     except AssertionError as error:
         raise AssertionError(f"{error}; status {json.dumps(status(name))}") from None
     return seen

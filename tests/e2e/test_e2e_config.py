@@ -172,25 +172,25 @@ def test_records_of_a_plugin_arrive_from_all_nodes(numbers: str) -> None:
 def test_a_version_that_cannot_start_goes_back_by_itself(numbers: str) -> None:
     before = configs.status(numbers)["settledRevision"]
     configs.apply(numbers, _numbers_spec("2.0", "broken.py", rollout=ROLLOUT))
-    seen = configs.await_phase(numbers, "RolledBack", 120)
-    status = seen[-1]
-    touched = [node for node in NODES if "2.0" in _starts(node)]
-    assert len(touched) == 1, touched  # only the canary ever had it
-    assert all(early["counts"].get("updated", 0) <= 1 for early in seen if "counts" in early)
-    assert status["settledRevision"] == before != status["revision"]
-    assert status["history"][-1]["result"] == "RolledBack", status["history"]
-    (ready,) = (c for c in status["conditions"] if c["type"] == "Ready")
-    assert ready["status"] == "False"
-    for told in (status["rollout"]["message"], *configs.events(numbers)["RolledBack"]):
-        assert touched[0] in told
-        assert f"plug-in {NUMBERS}" in told
-    for node in NODES:
-        assert _starts(node)[-1] == "1.0"
-    _runs_on()
-    _assert_all_arrived()
-    # What a person does then: ask for what runs.
-    configs.apply(numbers, _numbers_spec(rollout=AT_ONCE))
-    configs.await_phase(numbers, "Settled")
+    try:
+        seen = configs.await_phase(numbers, "RolledBack", 120)
+        status = seen[-1]
+        touched = [node for node in NODES if "2.0" in _starts(node)]
+        assert len(touched) == 1, touched  # only the canary ever had it
+        assert all(early["counts"].get("updated", 0) <= 1 for early in seen if "counts" in early)
+        assert status["settledRevision"] == before != status["revision"]
+        assert status["history"][0]["result"] == "RolledBack", status["history"]
+        (ready,) = (c for c in status["conditions"] if c["type"] == "Ready")
+        assert (ready["status"], ready["reason"]) == ("False", "RolledBack")
+        for text in (status["rollout"]["message"], *configs.events(numbers)["RolledBack"]):
+            assert touched[0] in text
+            assert f"plug-in {NUMBERS}" in text
+        assert {node: _starts(node)[-1] for node in NODES} == dict.fromkeys(NODES, "1.0")
+        _runs_on()
+        _assert_all_arrived()
+    finally:  # what a person does then: ask for what runs
+        configs.apply(numbers, _numbers_spec(rollout=AT_ONCE))
+        configs.await_phase(numbers, "Settled")
 
 
 # ---------------------------------------------------------------- without a server
@@ -257,7 +257,7 @@ def test_an_upgrade_of_the_agents_loses_and_interrupts_nothing(
     file = f"upgraded-{uuid.uuid4().hex[:8]}"
     path = f"/var/lib/outrider/{file}"
     wait = f"until [ -e {path}.go ]; do sleep 0.1; done; sleep 2"
-    name = tasks.create_script(f"echo $HOSTNAME >> {path}; {wait}; echo $HOSTNAME >> {path}")
+    name = tasks.create_script(f"cat /etc/hostname >> {path}; {wait}; cat /etc/hostname >> {path}")
     tasks.await_rows(name, "Running", NODES)
     failed: list[BaseException] = []
 
