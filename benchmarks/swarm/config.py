@@ -24,13 +24,13 @@ from cluster.controlplane import ControlPlane
 from cluster.errors import run_main
 from cluster.progress import Steps
 from cluster.supervised import wait_for
+from outrider_operator.core.config_count import count_settled
 from outrider_operator.core.config_objects import content_of, revision_of
 from outrider_operator.core.config_plan import (
     Config,
     Merger,
     NodeState,
     conflicts,
-    count_settled,
     picture,
 )
 from outrider_operator.core.config_rollout import Plan, Rollout

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_operator.core.config_count import Counts, count, count_settled
 from outrider_operator.core.config_plan import (
     Config,
-    Counts,
     Desired,
     Merger,
     NodeState,
@@ -14,8 +14,6 @@ from outrider_operator.core.config_plan import (
     Report,
     Revision,
     conflicts,
-    count,
-    count_settled,
     picture,
     stand,
     views,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_operator.core.config_count import Counts
 from outrider_operator.core.config_objects import (
     attempt_of,
     content_of,
@@ -15,7 +16,7 @@ from outrider_operator.core.config_objects import (
     revision_of,
     to_object,
 )
-from outrider_operator.core.config_plan import Config, Counts
+from outrider_operator.core.config_plan import Config
 from outrider_operator.core.config_rollout import Plan, Rollout, RolloutPhase
 from outrider_operator.core.config_status import (
     events,

@@ -1,5 +1,7 @@
 """AgentConfigs carried out: against an API server and agents in memory, with leaders that crash."""
 
+import asyncio
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +165,9 @@ async def test_pause_waits_for_a_person_and_is_tried_again() -> None:
     made.sent.clear()
     await made.run(300)
     assert made.sent == []
+    # One that is settled is counted first, and looks at the same nodes.
+    made.store.apply("0", {})
+    await made.run(10)
     made.store.annotate("a", "outrider.dev/retry", "1")
     await made.run(100)
     assert made.phase("a") == "Settled"
@@ -483,7 +488,7 @@ async def test_large_configurations_are_paced(monkeypatch: pytest.MonkeyPatch) -
         {"name": f"p{n}", "version": "1", "source": SOURCE, "detail": detail} for n in range(10)
     ]
     waits: list[float] = []
-    real = __import__("asyncio").sleep
+    real = asyncio.sleep
 
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
@@ -494,3 +499,29 @@ async def test_large_configurations_are_paced(monkeypatch: pytest.MonkeyPatch) -
     await made.work()
     assert len(made.sent) == 60
     assert sum(wait > 0 for wait in waits) >= 3
+
+
+async def test_nothing_is_done_before_everything_was_read() -> None:
+    made = ConfigFleet(MemoryConfigs(), 2)
+    made.store.apply("a", spec(1))
+    answers = iter([ClusterUnavailableError("away"), ClusterError("403: forbidden")])
+
+    def fault(request: str) -> None:
+        if request == "list_revisions":
+            error = next(answers, None)
+            if error is not None:
+                raise error
+
+    made.store.fault = fault
+    made.lead()
+    made.configs.seen(copy.deepcopy(made.store.configs["a"]), gone=False)
+    task = asyncio.create_task(made.configs.run())
+    try:
+        async with asyncio.timeout(20):
+            while not made.sent:
+                await asyncio.sleep(0.05)
+    finally:
+        task.cancel()
+    assert made.store.requests.count("list_revisions") == 3
+    first = made.store.requests.index("write_config_status")
+    assert made.store.requests[:first].count("list_revisions") == 3

@@ -64,6 +64,7 @@ def test_a_report_within_the_limits_is_passed_on_as_it_is() -> None:
         ConfigReport(drift=["d" * (limits.CONFIG_MESSAGE_BYTES + 1)]),
         ConfigReport(plugins=[PluginState(name=str(n)) for n in range(limits.PLUGINS + 1)]),
         ConfigReport(plugins=[PluginState(name="n" * 129)]),
+        ConfigReport(plugins=[PluginState(reason="r" * 129)]),
         ConfigReport(plugins=[PluginState(message="m" * (limits.CONFIG_MESSAGE_BYTES + 1))]),
     ],
 )

@@ -5,8 +5,9 @@ to have, and how many of each AgentConfig's nodes have it, goes out. How a rollo
 decided in config_rollout.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -130,21 +131,6 @@ class Desired:
     problem: str = ""
 
 
-@dataclass
-class Counts:
-    """Numbers of nodes of one AgentConfig, as its status gives them.
-
-    Those in `absent`, whose agents are not connected, are pending as well.
-    """
-
-    targeted: int = 0
-    updated: int = 0
-    applied: int = 0
-    failed: int = 0
-    pending: int = 0
-    absent: int = 0
-
-
 class Merger:
     """Merges each set of revisions once, and sorts the nodes only when something has changed."""
 
@@ -199,11 +185,13 @@ class Picture:
         desired: by node.
         selected: the nodes that each AgentConfig is for, by the old revision or the new one.
         groups: nodes that the same AgentConfigs are for, together.
+        stood: how each node stands to what it is to have, plug-ins and time apart.
     """
 
     desired: dict[str, Desired] = field(default_factory=dict)
     selected: dict[str, list[str]] = field(default_factory=dict)
     groups: list[tuple[frozenset[str], list[str]]] = field(default_factory=list)
+    stood: dict[str, tuple[Standing, float, str]] = field(default_factory=dict)
 
 
 def picture(
@@ -266,12 +254,28 @@ def _part(key: str) -> Part:
 
 def views(config: Config, nodes: Mapping[str, NodeState], now: Picture) -> Iterator[NodeView]:
     """The nodes of one AgentConfig as its rollout looks at them."""
-    names = _plugin_names(config)
+    names = plugin_names(config)
     for name in now.selected[config.name]:
         node = nodes[name]
-        standing, since, reason = stand(node, now.desired[name], names, config.rollout.started)
+        standing, since, reason = base(name, node, now)
+        if standing is Standing.ABSENT or (standing is Standing.WELL and ill(node)):
+            found = stand(node, now.desired[name], names, config.rollout.started)
+            standing, since, reason = found
         place = place_of(config.uid, name)
         yield NodeView(name, place, node.created, standing, since, reason)
+
+
+def base(name: str, node: NodeState, now: Picture) -> tuple[Standing, float, str]:
+    """How a node stands, plug-ins and time apart: the same for all AgentConfigs, so kept."""
+    found = now.stood.get(name)
+    if found is None:
+        found = now.stood[name] = stand(node, now.desired[name], frozenset(), math.inf)
+    return found
+
+
+def ill(node: NodeState) -> bool:
+    """Whether some plug-in is not well."""
+    return node.report is not None and any(not p.healthy for p in node.report.plugins.values())
 
 
 def stand(
@@ -326,76 +330,14 @@ def has(report: Report, wanted: Desired) -> bool:
     return report.hash == wanted.packed.hash and (report.applied or report.refused)
 
 
-def _plugin_names(config: Config) -> frozenset[str]:
+def plugin_names(config: Config) -> frozenset[str]:
+    """The plug-ins that count for an AgentConfig."""
     return frozenset(
         path[1]
         for revision in _revisions(config)
         for path in config.revisions[revision].asked.values
         if path[0] == "plugins"
     )
-
-
-def count(config: Config, found: Iterable[NodeView]) -> Counts:
-    """The numbers of an AgentConfig with a change on its way."""
-    counts = Counts()
-    standings: Counter[tuple[bool, Standing]] = Counter(
-        (
-            config.rollout.in_trial(view) or config.rollout.settled == config.target,
-            view.standing,
-        )
-        for view in found
-    )
-    for (newest, standing), number in standings.items():
-        _add(counts, newest, standing, number)
-    return counts
-
-
-def count_settled(
-    configs: Iterable[Config], nodes: Mapping[str, NodeState], now: Picture
-) -> dict[str, Counts]:
-    """The numbers of AgentConfigs without a change on its way, by name.
-
-    There may be hundreds, and all for all nodes: each node is looked at once, not once for each.
-    """
-    wanted = {config.name: config for config in configs}
-    plugins = {name: _plugin_names(config) for name, config in wanted.items()}
-    found = {name: Counts() for name in wanted}
-    none: frozenset[str] = frozenset()
-    for concerned, members in now.groups:
-        own = [name for name in concerned if name in wanted]
-        standings: Counter[Standing] = Counter()
-        ill: list[str] = []
-        for member in members:
-            node = nodes[member]
-            standing = stand(node, now.desired[member], none, 0.0)[0]
-            if standing is Standing.WELL and _ill(node):
-                ill.append(member)
-            else:
-                standings[standing] += 1
-        for name in own:
-            newest = wanted[name].rollout.settled == wanted[name].target
-            for standing, number in standings.items():
-                _add(found[name], newest, standing, number)
-            for member in ill:
-                standing = stand(nodes[member], now.desired[member], plugins[name], 0.0)[0]
-                _add(found[name], newest, standing, 1)
-    return found
-
-
-def _ill(node: NodeState) -> bool:
-    return node.report is not None and any(not p.healthy for p in node.report.plugins.values())
-
-
-def _add(counts: Counts, newest: bool, standing: Standing, number: int) -> None:
-    counts.targeted += number
-    counts.updated += number if newest else 0
-    if newest and standing is Standing.WELL:
-        counts.applied += number
-    elif newest and standing is Standing.FAILED:
-        counts.failed += number
-    else:
-        counts.pending += number
-        counts.absent += number if standing in (Standing.ABSENT, Standing.LEFT) else 0
 
 
 def conflicts(now: Picture) -> dict[str, dict[Path, Conflict]]:

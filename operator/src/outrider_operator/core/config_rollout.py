@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+import msgspec
+
 from outrider_operator.core.model import Amount, resolve
 from outrider_operator.core.targeting import rank
 
@@ -65,8 +67,7 @@ class Standing(StrEnum):
     LEFT = "Left"
 
 
-@dataclass(frozen=True)
-class NodeView:
+class NodeView(msgspec.Struct, frozen=True, gc=False):
     """A node that the AgentConfig is for, by the old revision or the new one.
 
     Attributes:

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 from outrider_proto.merging import Conflict, Path
 from outrider_proto.v1 import agent_pb2 as pb
 
-from outrider_operator.core.config_plan import Config, Counts, Desired
+from outrider_operator.core.config_count import Counts
+from outrider_operator.core.config_plan import Config, Desired
 from outrider_operator.core.config_rollout import Rollout, RolloutPhase
 from outrider_operator.core.status import condition
 from outrider_operator.core.times import micros, nanos_of, seconds

@@ -13,16 +13,15 @@ from typing import Any, Final
 
 from outrider_proto.merging import Conflict, Path
 from outrider_proto.v1.fleet_pb2 import NodeConfigReport
+from outrider_runtime.backoff import Backoff
 from outrider_runtime.logs import get_logger
 
+from outrider_operator.core.config_count import Counts, count, count_settled
 from outrider_operator.core.config_plan import (
     Config,
-    Counts,
     Merger,
     Picture,
     conflicts,
-    count,
-    count_settled,
     picture,
     views,
 )
@@ -120,6 +119,7 @@ class Configs:
         self._sender = ConfigSender(registry.sessions, send, metrics, now)
         self._merger = Merger()
         self._wake = asyncio.Event()
+        self._loaded = False
         self._log = get_logger("outrider.configs")
         #: What an Agent object is to say of its node's configuration.
         self.agent_config = self._nodes.agent_config
@@ -127,12 +127,15 @@ class Configs:
     # What comes in.
 
     async def load(self) -> None:
-        """Read AgentConfigs and revisions; to be called before `run`. Raises ClusterError."""
+        """Read AgentConfigs and revisions, before any work. Raises ClusterError."""
         await self._revisions.load()
         await self._book.read_all()
+        self._loaded = True
 
     async def resync(self) -> None:
         """Read all AgentConfigs anew, and see after their revisions. Raises ClusterError."""
+        if not self._loaded:
+            return
         await self._book.read_all()
         self._wake.set()
         known = list(self._book.known.values())
@@ -156,13 +159,14 @@ class Configs:
     # Work.
 
     async def run(self) -> None:
-        """Work until cancelled. `load` was called before."""
+        """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agents.run(), name="configs of agents")
             group.create_task(self._work_on(), name="configs")
 
     async def _work_on(self) -> None:
         loop = asyncio.get_running_loop()
+        await self._until_loaded()
         pause = GATHER_SECONDS
         while True:
             with contextlib.suppress(TimeoutError):
@@ -177,6 +181,17 @@ class Configs:
                 self._log.exception("configs not carried on: a defect of this program")
                 await asyncio.sleep(IDLE_SECONDS)
             pause = max(GATHER_SECONDS, GATHER_FACTOR * (loop.time() - began))
+
+    async def _until_loaded(self) -> None:
+        """Nothing is done before all is known; tasks do not wait for it."""
+        backoff = Backoff(1.0, 30.0)
+        while not self._loaded:
+            try:
+                await self.load()
+            except ClusterError as error:
+                self._log.warning("AgentConfigs cannot be read, trying again", error=str(error))
+                await asyncio.sleep(backoff.next())
+        self._began = self._now()
 
     def _patience(self) -> float:
         """How long nothing needs to be looked at if nothing comes in, seconds."""
@@ -244,6 +259,7 @@ class Configs:
         if known.attempt not in (None, before.attempt):
             for node in now.selected[before.name]:
                 self._nodes.again(node)
+                now.stood.pop(node, None)
         known.attempt = before.attempt
         if counts is None:
             seen = list(views(before, self._nodes.states, now))

@@ -119,7 +119,6 @@ class Controller:
         """
         self._take_nodes(await self._cluster.list_nodes())
         await self._agents.load()
-        await self._configs.load()
         return await self.resync()
 
     async def resync(self) -> list[Object]:

@@ -316,9 +316,9 @@ def check_config_report(report: ConfigReport) -> str | None:
     sentences = [report.message, *report.drift, *(plugin.message for plugin in report.plugins)]
     if any(len(text) > limits.CONFIG_MESSAGE_BYTES for text in sentences):
         return f"a message has at most {limits.CONFIG_MESSAGE_BYTES} bytes"
-    names = [text for plugin in report.plugins for text in (plugin.name, plugin.version)]
+    names = [text for p in report.plugins for text in (p.name, p.version, p.reason)]
     if any(len(text) > PLUGIN_TEXT_LENGTH for text in names):
-        return f"names and versions have at most {PLUGIN_TEXT_LENGTH} characters"
+        return f"names, versions and reasons have at most {PLUGIN_TEXT_LENGTH} characters"
     return None
 
 
