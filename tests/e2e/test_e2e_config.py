@@ -35,13 +35,15 @@ def _messages() -> list[Message]:
 
 
 def _fields(kind: int) -> dict[str, list[tuple[int, Mapping[str, str]]]]:
-    """Time and fields of all records of a type in Kafka, by node, in order."""
+    """Time and fields of all records of a type in Kafka, by node, in order.
+
+    A batch that was not acknowledged before its agent ended comes again, by its number: once counts.
+    """
     found: dict[str, list[tuple[int, Mapping[str, str]]]] = {node: [] for node in NODES}
-    for message in _messages():
-        for record in message.decoded.records:
+    for batch in records.first_seen(message.decoded for message in _messages()):
+        for record in batch.records:
             if record.data_type == kind:
-                row = (record.timestamp, records.fields_of(record))
-                found[message.decoded.node].append(row)
+                found[batch.node].append((record.timestamp, records.fields_of(record)))
     return found
 
 
