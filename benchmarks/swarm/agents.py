@@ -15,6 +15,7 @@ import asyncio
 import gc
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -101,8 +102,13 @@ class Tally:
 
     def problem(self, text: str) -> None:
         """Count a reason for not being connected, of at most twenty different ones."""
+        text = _TIMES.sub("N s", text)
         if text in self.problems or len(self.problems) < 20:
             self.problems[text] = self.problems.get(text, 0) + 1
+
+
+#: The time to come back at differs from one refusal to the next.
+_TIMES = re.compile(r"\d+(\.\d+)? s\b")
 
 
 class NoOutbox:

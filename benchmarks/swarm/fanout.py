@@ -365,6 +365,7 @@ def _kill(bench: Bench) -> None:
     leader = bench.leader()
     victim = next(s for s in bench.programs.servers.values() if s is not leader)
     before, streams = bench.herd.status()["connects"], metric(victim, "outrider_server_streams")
+    problems = bench.herd.problems()
     bench.plane.processes.kill(victim.name)
     spent = bench.spent()
     began = time.monotonic()
@@ -383,6 +384,7 @@ def _kill(bench: Bench) -> None:
         seconds=round(seconds, 2),
         moved=int(streams),
         streams=int(metric(leader, "outrider_server_streams")),
+        problems=dict((bench.herd.problems() - problems).most_common(5)),
         **spent.figures(),
     )
     bench.report.bound("all agents back after kill -9", seconds, "s", MOST_RETURN_SECONDS)

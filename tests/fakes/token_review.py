@@ -3,6 +3,7 @@
 Tokens look like real ones (three parts, claims in the second) but are not signed.
 """
 
+import asyncio
 import base64
 import json
 import time
@@ -26,14 +27,19 @@ def make_token(expires: float) -> str:
 
 @dataclass
 class FakeTokenReview:
-    """Answers TokenReviews; `away` makes it fail as an API server that is down."""
+    """Answers TokenReviews; `away` makes it fail as an API server that is down.
+
+    `slow` makes each take so long, seconds.
+    """
 
     known: dict[str, ReviewStatus] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     away: bool = False
+    slow: float = 0.0
 
     async def __call__(self, token: str, audience: str) -> ReviewStatus:
         self.asked.append(token)
+        await asyncio.sleep(self.slow)
         if self.away:
             raise ReviewUnavailableError("connection refused")
         status = self.known.get(token, ReviewStatus(False, error="invalid bearer token"))

@@ -77,26 +77,6 @@ def test_smoke_fails_when_a_node_does_not_answer(fleet) -> None:
     assert "1 of 2 nodes answered" in done.stdout
 
 
-def test_an_agent_config_is_told_that_nothing_acts_on_it(fleet) -> None:
-    body = {
-        "apiVersion": "outrider.dev/v1alpha1",
-        "kind": "AgentConfig",
-        "metadata": {"name": "host-metrics"},
-        "spec": {"collectors": {"host": {"intervalSeconds": 15}}},
-    }
-    fleet.plane.kubectl("apply", "-f", "-", stdin=json.dumps(body))
-
-    def told() -> dict[str, Any]:
-        found = json.loads(fleet.plane.kubectl("get", "agentconfig", "host-metrics", "-o", "json"))
-        conditions = found.get("status", {}).get("conditions", [])
-        return next((c for c in conditions if c["type"] == "Ready"), {})
-
-    wait_for("its status says so", lambda: told().get("reason") == "NotSupported", WAIT, 0.1)
-    assert told()["status"] == "False"
-    events = fleet.plane.kubectl("get", "events", "-A", "--field-selector", "reason=NotSupported")
-    assert "host-metrics" in events
-
-
 def test_an_agent_goes_a_while_after_its_node(fleet) -> None:
     node = "gamma"
     agent = fleet.agent(node)

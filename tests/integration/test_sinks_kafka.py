@@ -344,6 +344,49 @@ async def test_a_dead_letter_that_does_not_fit_is_cut_and_says_so(
         assert stores.labels("stored")._value.get() == 0
 
 
+@pytest.mark.parametrize("form", ["batch", "record"])
+async def test_a_dead_letter_that_the_broker_does_not_take_is_cut_until_it_does(
+    kafka: KafkaBroker, kafka_topic: str, form: str
+) -> None:
+    aside = f"aside-{kafka_topic}"
+    await make_topic(kafka, aside, 100_000)
+    async with running_sink(
+        kafka.bootstrap, kafka_topic, dead_letter_topic=aside, format=form
+    ) as case:
+        await eventually(lambda: case.health.ready)
+        sink: Any = case.sink
+        await set_limit(kafka, aside, 10_000)
+        # The limits were read anew for it before, and say what they did: a broker of its own mind.
+        sink._doubted = sink._connection.limits
+        await sink.set_aside(origin(), sized(7, 50_000), "too large")
+        (message,) = await raw_messages(kafka.bootstrap, aside)
+        assert 5_000 < len(message.value) < 10_000
+        assert dict(message.headers)["outrider-cut-from"] == b"50000"
+
+
+async def test_what_one_topic_has_and_another_does_not_take_is_not_split(
+    kafka: KafkaBroker, kafka_topic: str
+) -> None:
+    async with running_sink(kafka.bootstrap, kafka_topic, routes=routes_of(kafka_topic)) as case:
+        await eventually(lambda: case.health.ready)
+        await set_limit(kafka, f"{kafka_topic}-Y", 20_000)
+        found: SinkRejectedError | None = None
+        seq = 1
+        while found is None:  # brokers know a new limit a moment later
+            seq += 1
+            both = sized(seq, 30_000)
+            both.data_types[:] = [1000, 1001]
+            try:
+                await case.sink.store(origin(), both)
+            except SinkRejectedError as error:
+                found = error
+        assert f"{kafka_topic}-Y" in str(found)
+        assert found.max_bytes == 0  # it is set aside: nothing comes again in parts
+        assert ("uid-1", 3, seq) in names(await read_topic(kafka.bootstrap, f"{kafka_topic}-X"))
+        assert ("uid-1", 3, seq) not in names(await read_topic(kafka.bootstrap, f"{kafka_topic}-Y"))
+        await eventually(lambda: case.sink.max_batch_bytes < 20_000)  # the limits are read anew
+
+
 async def test_setting_aside_waits_for_nobody_while_no_broker_is_there(kafka_topic: str) -> None:
     async with running_sink(f"127.0.0.1:{free_port('127.0.0.1')}", kafka_topic) as case:
         with pytest.raises(SinkUnavailableError):

@@ -23,6 +23,8 @@ M_ARENA_MAX: Final = -8
 #: since they last were.
 LOOK_SECONDS: Final = 2.0
 GROWTH_BYTES: Final = 16 * limits.MIB
+#: The program itself grows by about so much after its start, and stays so, bytes.
+START_BYTES: Final = 48 * limits.MIB
 
 log = get_logger(__name__)
 
@@ -39,15 +41,15 @@ async def give_back() -> None:
     library = _glibc()
     if library is None:
         return
-    after = resident()
+    after, given = resident() + START_BYTES, False
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         now = resident()
         if now > after + GROWTH_BYTES:
             # It may take some tens of milliseconds; the interpreter is free meanwhile.
             await asyncio.to_thread(library.malloc_trim, 0)
-            after = resident()
-        else:
+            after, given = resident(), True
+        elif given:
             after = min(after, now)
 
 

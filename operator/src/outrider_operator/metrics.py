@@ -84,6 +84,13 @@ class ServerMetrics:
         )
         self.plain_streams = self._gauge("plain_streams", "Streams of plain records open.")
         self.plain_records = self._counter("plain_records_total", "Plain records taken.")
+        self.plain_lost = self._counter(
+            "plain_lost_total",
+            "Plain records that were read and given up: the stream or the server ended.",
+        )
+        self.plain_held_bytes = self._gauge(
+            "plain_held_bytes", "Memory of plain messages that are being taken, bytes."
+        )
         self.pings = self._counter("pings_total", "Pings answered.")
         self.certificate_expiry = self._gauge(
             "tls_certificate_expiry_timestamp_seconds", "When the certificate in use expires."

@@ -20,9 +20,13 @@ from outrider_proto.v1.agent_pb2 import (
     RecordBatch,
     RecordList,
 )
+from outrider_proto.wire import beyond
 
 #: The level at which compression costs the agent least per byte saved.
 ZSTD_LEVEL = 1
+#: Batches that are larger than this before compression are counted before they are parsed, bytes.
+#: Those that agents make are smaller.
+COUNTED_BYTES = limits.MIB
 
 
 class BatchError(ValueError):
@@ -158,11 +162,14 @@ def decode(batch: RecordBatch) -> list[EncodedRecord]:
         content = _from_lz4(batch.records)
     if len(content) != batch.decompressed_bytes:
         raise BatchError(f"holds {len(content)} bytes, states {batch.decompressed_bytes}")
+    # Before there is an object for each, which takes a hundred times as much: millions of empty
+    # ones fit into a batch, and that into a few bytes.
+    if len(content) > COUNTED_BYTES and beyond(content, {(1,): batch.count}) is not None:
+        raise BatchError(f"holds more records than the {batch.count} that it states")
     try:
         found = RecordList.FromString(content).records
     except DecodeError as error:
         raise BatchError(f"does not hold records: {error}") from None
-    # Before there is an object for each: millions of empty ones fit into a batch.
     if len(found) != batch.count:
         raise BatchError(f"holds {len(found)} records, states {batch.count}")
     return list(found)

@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,19 @@ class Folder:
             OSError: The folder cannot be read.
         """
         paths = [path for path in files_in(self._path) if _key(path) > self._done]
+        if self._open is not None and self._open[0] not in {path.name for path in paths}:
+            # What is in it can still be read, while it is open here.
+            gone, file = self._path / self._open[0], self._open[1]
+            if file.tell() < os.fstat(file.fileno()).st_size:
+                problems.append(
+                    f"{gone.name} was deleted before it was read, to stay within the bound: "
+                    "what came after it may be missing"
+                )
+            try:
+                yield from self._read_file(gone, problems, last=False)
+            except (OSError, BatchError) as error:
+                problems.append(f"{gone.name}: {error}")
+            self._finish(gone)
         for path in paths:
             last = path == paths[-1]
             try:

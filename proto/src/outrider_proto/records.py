@@ -283,15 +283,29 @@ def main(names: Sequence[str]) -> int:
     """Print the records of files; the exit code is 1 if one could not be read whole."""
     status = 0
     for name in names:
+        repeats = Repeats()
         try:
             with open(name, "rb") as file:  # noqa: PTH123 - a name from the command line
-                for batch in first_seen(map(decode_stored, read_stored(file))):
-                    for line in as_json(batch):
-                        sys.stdout.write(line + "\n")
+                for stored in read_stored(file):
+                    status |= _print(name, stored, repeats)
         except (OSError, batches.BatchError) as error:
             sys.stderr.write(f"{name}: {error}\n")
             status = 1
     return status
+
+
+def _print(name: str, stored: StoredBatch, repeats: Repeats) -> int:
+    """Print one batch; 1 if it cannot be opened, which nobody on the way finds out."""
+    try:
+        batch = decode_stored(stored)
+    except batches.BatchError as error:
+        which = f"batch {stored.batch.epoch}/{stored.batch.seq} of {stored.node}"
+        sys.stderr.write(f"{name}: {which}: {error}\n")
+        return 1
+    for item in first_seen([batch], repeats):
+        for line in as_json(item):
+            sys.stdout.write(line + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
                 place += length
             case 5:
                 place += 4
+            case 3:
+                pass  # a group: protobuf reads over it, so what is in it and behind it counts
+            case 4:
+                continue
             case _:
                 return
         yield tag >> 3, content

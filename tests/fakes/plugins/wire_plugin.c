@@ -59,6 +59,10 @@ static void send_record(int type, const char *k1, const char *v1, const char *k2
     free(payload); free(message);
 }
 
+static volatile sig_atomic_t ending;
+
+static void on_term(int number) { (void)number; ending = 1; }
+
 static void send_number(long n) {
     char text[24];
     snprintf(text, sizeof text, "%ld", n);
@@ -116,8 +120,15 @@ int main(void) {
     if (!strcmp(mode, "emit")) {                    /* so many records, then tasks */
         for (long n = 0; n < number; n++) send_number(n);
         answer_tasks();
-    } else if (!strcmp(mode, "stream")) {           /* records without end, till TERM; ids at exit */
-        for (long n = number;; n++) send_number(n);
+    } else if (!strcmp(mode, "stream")) {           /* records till TERM; then a file says how many */
+        signal(SIGTERM, on_term);
+        long n = number;
+        while (!ending) send_number(n++);
+        char name[64];
+        snprintf(name, sizeof name, "written.%ld", number);
+        FILE *file = fopen(name, "w");
+        fprintf(file, "%ld", n - number);
+        return fclose(file);
     } else if (!strcmp(mode, "hang")) {             /* neither reads nor writes */
         for (;;) pause();
     } else if (!strcmp(mode, "stubborn")) {         /* nor takes TERM */

@@ -6,17 +6,19 @@ import os
 import random
 import resource
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.agent_parts import store_in, value
 from outrider_agent.core.batching import BatchLimits
 from outrider_agent.core.records import RecordClass
-from outrider_agent.core.storage import StorageError
+from outrider_agent.core.storage import OutboxFullError, StorageError
 from outrider_agent.metrics import AgentMetrics
 from outrider_agent.store import recorder as module
 from outrider_agent.store.database import FILE_NAME
+from outrider_agent.store.outbox import NewBatch
 from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.store.store import Store, StoreLimits
 from outrider_proto import batches, limits, records
@@ -245,6 +247,35 @@ async def test_flush_waits_for_the_disk_and_not_for_the_delay(tmp_path: Path) ->
         made.recorder.submit(record("9"), RecordClass.LOG)
         await made.recorder.flush(RecordClass.RESULT)
         assert [[r.timestamp for r in batch] for batch in await made.batches()] == [[0, 1, 2]]
+
+
+async def test_flush_waits_for_what_it_was_called_for_whatever_is_stored_before_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with made_in(tmp_path) as made:
+        made.recorder.set_groups([{2}])
+        refused = asyncio.Event()
+        append = made.store.append_batches
+
+        async def refusing(news: Sequence[NewBatch]) -> list[Any]:
+            """Never those of group 2, for the outbox is full."""
+            taken = [new for new in news if new.held.data_types != {2}]
+            results = iter(await append(taken))
+            refused.set()
+            full = OutboxFullError("full")
+            return [full if new.held.data_types == {2} else next(results) for new in news]
+
+        monkeypatch.setattr(made.store, "append_batches", refusing)
+        made.recorder.submit(typed(2, 1), RecordClass.RESULT)
+        flushing = asyncio.create_task(made.recorder.flush(RecordClass.RESULT))
+        await asyncio.wait_for(refused.wait(), 10)
+        for number in range(2, 5):
+            made.recorder.submit(typed(1, number), RecordClass.RESULT)
+        await made.until_stored(3)
+        assert not flushing.done()
+        monkeypatch.setattr(made.store, "append_batches", append)
+        await asyncio.wait_for(flushing, 15)
+        assert len(await made.batches()) >= 2
 
 
 async def test_while_results_fill_the_outbox_others_are_refused_and_put_waits(

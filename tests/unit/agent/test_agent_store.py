@@ -399,6 +399,36 @@ async def test_a_disk_with_little_room_makes_the_outbox_smaller(
                 await store.totals()
 
 
+async def test_a_disk_with_room_again_is_noticed_by_an_agent_that_stores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All records are refused while there is none, so nothing else asks the store for anything."""
+    free = 0
+    monkeypatch.setattr(space, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(space, "disk_of", lambda _: Disk(size=10**10, free=free))
+    limits = replace(LIMITS, max_outbox_bytes=10**6, min_free_bytes=10**6)
+    async with store_in(tmp_path, limits) as store:
+        async with asyncio.timeout(10):
+            while store.crowded != {RecordClass.LOG, RecordClass.TELEMETRY}:
+                await asyncio.sleep(0.01)
+        free = 10**9
+        async with asyncio.timeout(10):
+            while store.crowded:
+                await asyncio.sleep(0.01)
+
+
+async def test_small_results_do_not_go_before_one_that_has_no_room(tmp_path: Path) -> None:
+    limits = replace(LIMITS, max_outbox_bytes=100_000, result_reserve_bytes=0)
+    large, small = (batch_of("x" * size, RecordClass.RESULT) for size in (60_000, 100))
+    async with store_in(tmp_path, limits) as store:
+        await store.append_batch(large)
+        found = await store.append_batches([batch_of("x", RecordClass.LOG), large, small])
+        assert [isinstance(one, OutboxFullError) for one in found] == [False, True, True]
+        await store.ack_batches(store.epoch, 1, 1)
+        found = await store.append_batches([large, small])
+        assert not any(isinstance(one, Exception) for one in found)
+
+
 async def checkpoint(store: Store) -> None:
     """Move all of the log into the file: its size tells what is in it then."""
     await store._do(lambda _: None)

@@ -21,6 +21,7 @@ from outrider_agent.metrics import AgentMetrics
 from outrider_agent.store.recorder import Recorder, RecorderOptions
 from outrider_agent.uplink import stream as stream_module
 from outrider_agent.uplink import uplink as uplink_module
+from outrider_agent.uplink.messages import open_transfer
 from outrider_proto import channel, records
 from outrider_proto.v1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry
@@ -361,6 +362,50 @@ async def test_a_server_that_asks_us_to_come_later_is_come_back_to_then(
         gateway.refuse = None
         await gateway.stream()
         await bench.until(lambda: bench.connected[-1][0])
+
+
+class UnreadCall:
+    """A call that the server ended while its first message was on its way."""
+
+    async def write(self, _: pb.PackagedData) -> None:
+        nothing = grpc.aio.Metadata()
+        code, details = uplink_module._UNREAD
+        raise grpc.aio.AioRpcError(code, nothing, nothing, details)
+
+    async def read(self) -> object:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def cancel(self) -> bool:
+        return True
+
+
+async def test_a_refusal_that_was_lost_is_come_back_to_soon(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = open_transfer, 0
+
+    def opened(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return UnreadCall() if calls <= 3 else real(*arguments)
+
+    monkeypatch.setattr(uplink_module, "open_transfer", opened)
+    monkeypatch.setattr(uplink_module, "UNREAD_SECONDS", (0.05, 0.1))
+    gateway = FakeGateway()
+    async with (
+        serving(authority, gateway) as server,
+        uplink_of(
+            MemoryOutbox(),
+            server.address,
+            tmp_path,
+            authority,
+            backoff_base_seconds=60.0,
+            backoff_cap_seconds=60.0,
+        ) as bench,
+    ):
+        await bench.until(lambda: bench.connected[-1][0])
+        assert calls == 4
 
 
 async def test_a_partition_without_a_word_is_noticed_and_healed(

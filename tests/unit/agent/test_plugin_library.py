@@ -85,10 +85,11 @@ async def test_the_example_packs_signs_watches_and_answers(tmp_path: Path) -> No
     shutil.copytree(EXAMPLE, copied)
     shutil.copytree(EXAMPLE.parents[2] / "plugin/src", tmp_path / "plugin/src")
     key, public = tmp_path / "key.pem", tmp_path / "public.pem"
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         ["openssl", "genpkey", "-algorithm", "ed25519", "-out", key],
         ["openssl", "pkey", "-in", key, "-pubout", "-out", public],
-    ):
+    )
+    for command in commands:
         subprocess.run(command, check=True)
     printed = subprocess.run([copied / "pack.sh", key], check=True, capture_output=True, text=True)
     told = dict(line.split(": ") for line in printed.stdout.splitlines())

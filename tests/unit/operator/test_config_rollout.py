@@ -201,6 +201,33 @@ def test_absent_agents_do_not_hold_a_change_up() -> None:
     assert world.nodes["n1"].runs == "new"
 
 
+@pytest.mark.parametrize("away", range(5))
+def test_an_absent_agent_before_the_canary_does_not_hold_it_up(away: int) -> None:
+    world = fleet(10)
+    first = sorted(world.nodes.values(), key=lambda node: node.place)
+    first[away].connected = False
+    world.target = "new"
+    world.run()
+    assert world.state.settled == "new"
+
+
+def test_a_moment_without_connections_gives_the_change_to_no_more() -> None:
+    world = fleet(20)
+    world.target = "new"
+    while world.state.phase is not P.ROLLING:
+        world.step()
+        for node in world.nodes.values():
+            node.answer(world.now)
+        world.now += 10
+    known = {n.name for n in world.nodes.values() if world.state.in_trial(world.view(n))}
+    world.now += 1
+    for node in world.nodes.values():
+        node.connected, node.since = False, world.now
+    world.step()
+    reached = {n.name for n in world.nodes.values() if world.state.in_trial(world.view(n))}
+    assert reached == known
+
+
 def test_without_any_agent_a_change_waits() -> None:
     world = fleet(2)
     for node in world.nodes.values():

@@ -76,6 +76,18 @@ async def test_a_new_config_reaches_all_and_says_so() -> None:
     assert made.metric("config_settle_seconds_count") == 1
 
 
+async def test_nobody_is_said_to_run_what_was_only_just_given_out() -> None:
+    made = await settled(5, spec(1))
+    made.store.apply("a", spec(2))
+    made.store.written.clear()
+    await made.work()
+    (_, status), *_ = made.store.written
+    assert (status["counts"]["updated"], status["counts"]["applied"]) == (5, 0)
+    assert status["counts"]["pending"] == 5
+    await made.run(20)
+    assert made.status("a")["counts"]["applied"] == 5
+
+
 async def test_nothing_is_written_or_sent_when_nothing_changes() -> None:
     made = await settled(3, spec(1))
     before = len(made.store.requests)

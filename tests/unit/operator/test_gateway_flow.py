@@ -138,6 +138,32 @@ class TestWelcome:
                 pass
 
 
+class TestAcknowledgements:
+    async def test_a_large_batch_with_nothing_behind_it_does_not_wait(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("outrider_operator.gateway.transfer.GATHER_SECONDS", 60.0)
+        async with running_gateway(tmp_path) as running, running.connect() as channel:
+            agent = await open_stream(channel, running.reviews.agent("n"), "n")
+            for seq in range(1, 6):
+                await agent.send(PackagedData(batches=[make_batch(seq, size=500 * limits.KIB)]))
+                assert (await agent.receive(5)).batch_acks[0].last == seq
+
+    async def test_it_does_not_wait_either_once_the_others_are_stored(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("outrider_operator.gateway.transfer.GATHER_SECONDS", 60.0)
+        async with running_gateway(tmp_path) as running, running.connect() as channel:
+            agent = await open_stream(channel, running.reviews.agent("n"), "n")
+            running.sink.open.clear()
+            await agent.send(message(1, 2))
+            await eventually(lambda: running.sink.waiting == 2)
+            running.sink.release(1)
+            await answered(agent, 5)
+            running.sink.open.set()
+            assert (await agent.receive(5)).batch_acks[0].last == 2
+
+
 class TestRejected:
     async def test_too_large_goes_back_to_its_agent(self, tmp_path: Path) -> None:
         async with running_gateway(tmp_path) as running, running.connect() as channel:
@@ -356,6 +382,28 @@ class TestAdmission:
             assert len(running.reviews.asked) == 3
             assert running.metric("connects_total", result="sent_back") == 9
             assert running.refused("UNAVAILABLE", "TooManyConnects") == 9
+
+    async def test_nobody_is_let_in_to_wait_for_a_slow_api_server(self, tmp_path: Path) -> None:
+        async with (
+            running_gateway(tmp_path, auth={"max_reviews": 2}) as running,
+            running.connect() as channel,
+        ):
+            running.reviews.slow = 0.3
+
+            async def try_one(number: int) -> bool:
+                agent = RawAgent(channel, running.reviews.agent(f"n{number}"))
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await agent.send(hello(f"n{number}"))
+                    return (await agent.receive()).HasField("welcome")
+                assert "the API server has time for" in (await agent.call.details())
+                assert int(dict(await agent.call.trailing_metadata())[PUSHBACK]) > 1000
+                return False
+
+            answers = await asyncio.gather(*(try_one(number) for number in range(12)))
+            # Four reviews may wait for each of the two under way.
+            assert answers.count(True) == len(running.reviews.asked) == 8
+            running.reviews.slow = 0.0
+            assert await try_one(41)
 
 
 class TestHealthCheck:

@@ -16,6 +16,7 @@ from outrider_operator.core.sink import (
     SinkRejectedError,
     SinkUnavailableError,
 )
+from outrider_operator.gateway.aside import AT_ONCE
 from outrider_operator.gateway.budget import ByteBudget
 from outrider_operator.gateway.intake import BATCH_COST_BYTES, RETURN_BYTES, Intake
 from outrider_operator.metrics import ServerMetrics
@@ -194,9 +195,9 @@ async def test_told_when_there_is_room_again() -> None:
     case.sink.open.set()
     await ticks()
     assert await case.put(make_batch(3))
-    await ticks()
-    assert told == ["first"]
+    await eventually(lambda: told == ["first"])
     assert case.metric("batches_inflight_bytes") == 0
+    case.intake.close()
 
 
 async def test_what_waits_for_room_is_within_the_bound_too() -> None:
@@ -268,7 +269,118 @@ async def test_what_the_sink_does_not_take_now_is_tried_again_in_order(case: Cas
     await case.put(make_batch(101))  # waits behind the others
     case.sink.error = None
     await eventually(lambda: len(case.sender.told) == 101, 30)
-    assert {seq for _, seq in case.sender.told} == set(range(1, 102))
+    assert [seq for _, seq in case.sender.told] == list(range(1, 102))
+    assert [batch.seq for _, batch in case.sink.stored] == list(range(1, 102))
+    assert case.intake.held == 0
+
+
+async def test_those_that_are_gone_do_not_hold_up_the_others(case: Case) -> None:
+    case.sink.error = SinkUnavailableError("away")
+    for number in range(100):  # an agent each, so that each has a turn
+        batch = make_batch(1)
+        sized = [(batch, batch.ByteSize())]
+        assert await case.intake.admit(sized, patience=0)
+        case.intake.store(case.sender, Origin(f"agent-{number}", "n", 1), sized)
+    await ticks()
+    assert case.metric("batches_retrying") == 100
+    case.sender.closed = True
+    case.sink.error = None
+    case.sender, gone = Sender(), case.sender
+    assert await case.put(make_batch(7))
+    # The second try comes within 0.4 s. One for each turn of those that are gone takes minutes.
+    await eventually(lambda: case.sender.told == [("stored", 7)], 5)
+    assert len(gone.told) == 100
+    assert case.intake.held == 0
+
+
+async def test_an_agent_whose_batches_always_fail_holds_up_no_other(case: Case) -> None:
+    case.sink.refuse = lambda batch: SinkUnavailableError("no") if batch.epoch == 666 else None
+    case.sink.error = SinkUnavailableError("away")
+    for name, epoch in (("bad", 666), ("good", 7)):
+        sized = [(batch, batch.ByteSize()) for batch in (make_batch(1, epoch=epoch),)]
+        assert await case.intake.admit(sized, patience=0)
+        case.intake.store(case.sender, Origin(name, "n", 1), sized)
+    await ticks()
+    case.sink.error = None
+    await eventually(lambda: case.sender.told == [("stored", 1)])
+    assert case.sink.stored[0][0].agent_id == "good"
+    assert case.metric("batches_retrying") == 1
+
+
+async def test_what_fails_again_keeps_its_place(case: Case) -> None:
+    """All fail once more, out of order and with others behind them."""
+    case.sink.error = SinkUnavailableError("away")
+    await case.put(*(make_batch(seq) for seq in range(1, 9)))
+    await ticks()
+    case.sink.open.clear()
+    await eventually(lambda: case.sink.waiting == 8)  # they are tried
+    await case.put(make_batch(9))
+    case.sink._inside.reverse()
+    case.sink.open.set()
+    await eventually(lambda: case.metric("batches_retrying") == 9)
+    case.sink.error = None
+    await eventually(lambda: len(case.sender.told) == 9)
+    assert [seq for _, seq in case.sender.told] == list(range(1, 10))
+
+
+async def test_called_back_also_when_what_was_in_the_way_is_dropped() -> None:
+    case = Case(200_000)
+    case.sink.error = SinkUnavailableError("away")
+    seq = 1
+    while await case.put(make_batch(seq)):
+        seq += 1
+    told: list[str] = []
+    case.intake.when_room(lambda: told.append("told"))
+    await ticks()
+    case.sender.closed = True
+    await eventually(lambda: case.intake.held == 0)
+    assert ("dropped", 1) in case.sender.told
+    await eventually(lambda: told == ["told"], 5)
+    case.intake.close()
+
+
+async def test_called_back_where_all_was_given_back_before_it_was_asked_for(case: Case) -> None:
+    told: list[str] = []
+    case.intake.when_room(lambda: told.append("told"))
+    await eventually(lambda: told == ["told"], 5)
+
+
+async def test_a_sink_that_raises_loses_nothing_and_is_tried_again(case: Case) -> None:
+    class Broken(Exception):
+        pass
+
+    store = case.sink.store
+    faults = [Broken(), Broken(), Broken()]
+
+    def raising(origin: Origin, batch: Batch) -> "asyncio.Future[None]":
+        if faults:
+            raise faults.pop()
+        return store(origin, batch)
+
+    case.sink.store = raising  # type: ignore[method-assign]  # a fault, not a feature of the fake
+    await case.put(make_batch(1), make_batch(2))
+    await eventually(lambda: case.sender.told == [("stored", 1), ("stored", 2)])
+    assert case.intake.held == 0
+
+
+async def test_nothing_is_tried_after_the_end(case: Case) -> None:
+    case.sink.open.clear()
+    await case.put(make_batch(1))
+    case.sink.error = SinkUnavailableError("away")
+    case.intake.close()
+    case.sink.open.set()
+    await ticks()
+    assert case.sender.told == [("dropped", 1)]
+    assert case.intake._timer is None
+    assert case.intake.held == 0
+
+
+async def test_what_waits_at_the_end_is_dropped(case: Case) -> None:
+    case.sink.error = SinkUnavailableError("away")
+    await case.put(make_batch(1), make_batch(2))
+    await ticks()
+    case.intake.close()
+    assert case.sender.told == [("dropped", 1), ("dropped", 2)]
     assert case.intake.held == 0
 
 
@@ -315,6 +427,27 @@ async def test_poison_is_set_aside_and_then_done_with(
     assert [(batch.seq, reason) for _, batch, reason in case.sink.aside] == [(1, "bad")]
     assert case.intake.held == 0
     assert case.metric("batch_rejects_total", reason=reason, action="set_aside") == 1
+
+
+async def test_poison_that_cannot_be_set_aside_holds_up_no_other(case: Case) -> None:
+    set_aside = case.sink.set_aside
+
+    async def picky(origin: Origin, batch: Batch, reason: str) -> None:
+        if batch.seq <= AT_ONCE:
+            raise SinkUnavailableError("not this one")
+        await set_aside(origin, batch, reason)
+
+    case.sink.set_aside = picky  # type: ignore[method-assign]  # for some batches only
+    case.sink.error = SinkRejectedError("bad")
+    await case.put(*(make_batch(seq) for seq in range(1, AT_ONCE + 1)))
+    await ticks()
+    case.sender, first = Sender(), case.sender
+    await case.put(make_batch(99))
+    await eventually(lambda: ("stored", 99) in case.sender.told, 5)
+    first.closed = True  # their agent keeps them
+    await eventually(lambda: case.intake.held == 0)
+    assert [seq for what, seq in first.told if what == "dropped"]
+    assert not [seq for what, seq in first.told if what == "stored"]
 
 
 async def test_poison_does_not_hold_up_its_neighbours(case: Case) -> None:

@@ -1,6 +1,9 @@
 """Plain records of other agents, with or without gRPC's own gzip, under either name of the call."""
 
+import asyncio
+import gc
 import gzip
+import os
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -23,7 +26,10 @@ from fakes.token_review import node_uid
 from hypothesis import given
 from hypothesis import strategies as st
 from outrider_operator.core.sink import SinkRejectedError, SinkUnavailableError
+from outrider_operator.gateway.hub import TOKEN_EXPIRED
 from outrider_operator.gateway.plain import groups
+from outrider_operator.gateway.session import PlainCame
+from outrider_operator.gateway.stream import CLOSE_SECONDS
 from outrider_operator.settings import LimitSettings
 from outrider_proto import batches, limits
 from outrider_proto.channel import bearer
@@ -136,6 +142,7 @@ async def test_a_token_is_needed(running: RunningGateway) -> None:
     [
         (gzip.compress(bytes(40 * limits.MIB)), "RESOURCE_EXHAUSTED"),
         (gzip.compress(b"x" * 100)[:-9], "INVALID_ARGUMENT"),
+        (gzip.compress(b"") + gzip.compress(b""), "INVALID_ARGUMENT"),
         (b"\x1f\x8b rubbish", "INVALID_ARGUMENT"),
         (b"\xff\xff\xff", "INVALID_ARGUMENT"),
     ],
@@ -187,6 +194,140 @@ async def test_what_was_taken_is_stored_after_the_peer_has_gone(running: Running
         await eventually(lambda: running.metric("plain_streams") == 0)
     running.sink.error = None
     await eventually(lambda: len(received(running)) == 10)
+
+
+def large(count: int, size: int = 500_000) -> bytes:
+    """A message of records that do not get smaller, so that its batches fill the window."""
+    return PackagedData(
+        records=[
+            EncodedRecord(data_type=59, timestamp=n, data=os.urandom(size)) for n in range(count)
+        ]
+    ).SerializeToString()
+
+
+def stored(running: RunningGateway) -> int:
+    return sum(batch.count for _, batch in running.sink.stored)
+
+
+async def test_what_was_read_is_stored_before_an_expired_stream_ends(
+    running: RunningGateway,
+) -> None:
+    running.sink.open.clear()
+    async with running.connect() as channel:
+        stream = call(channel, running.reviews.agent("n"), SEED, None)
+        await stream.write(large(8))
+        await eventually(lambda: running.sink.waiting >= 1)
+        (one,) = running.gateway._shared.calls
+        one.end(TOKEN_EXPIRED)
+        one.end(TOKEN_EXPIRED)
+        running.sink.open.set()
+        assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert stored(running) == 8
+    assert running.metric("plain_lost_total") == 0
+    assert running.metric("plain_held_bytes") == 0
+
+
+async def test_an_expired_stream_that_has_nothing_to_do_ends_at_once(
+    running: RunningGateway,
+) -> None:
+    async with running.connect() as channel:
+        stream = call(channel, running.reviews.agent("n"), SEED, None)
+        await stream.write(plain(0, 1))
+        await eventually(lambda: stored(running) == 1)
+        (one,) = running.gateway._shared.calls
+        one.end(TOKEN_EXPIRED)
+        async with asyncio.timeout(CLOSE_SECONDS / 2):
+            assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_stream_ends_in_time_and_counts_what_is_lost(
+    running: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outrider_operator.gateway.plain.CLOSE_SECONDS", 0.1)
+    running.sink.open.clear()
+    async with running.connect() as channel:
+        stream = call(channel, running.reviews.agent("n"), SEED, None)
+        await stream.write(large(8))
+        await eventually(lambda: running.sink.waiting == 2)  # the window is full
+        (one,) = running.gateway._shared.calls
+        one.end(TOKEN_EXPIRED)
+        assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
+    running.sink.open.set()
+    await eventually(lambda: stored(running) == 2)
+    assert running.metric("plain_lost_total") == 6
+    assert running.metric("plain_held_bytes") == 0
+
+
+async def test_a_server_that_leaves_stores_what_it_has_read(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, accept_plain_records=True) as running:
+        running.sink.error = SinkUnavailableError("away")
+        async with running.connect() as channel:
+            gone = call(channel, running.reviews.agent("gone"), SEED, None)
+            await gone.write(plain(0, 10))
+            await eventually(lambda: running.metric("batches_retrying") > 0)
+            gone.cancel()
+            await eventually(lambda: running.metric("plain_streams") == 0)
+            stream = call(channel, running.reviews.agent("n"), SEED, None)
+            await stream.write(large(8))
+            await eventually(lambda: running.metric("batches_retrying") > 1)
+            running.stop.set()
+            await eventually(lambda: running.gateway._draining)
+            running.sink.error = None
+            assert await stream.code() == grpc.StatusCode.UNAVAILABLE
+        await running.task
+        assert stored(running) == 18
+        assert running.metric("plain_lost_total") == 0
+
+
+async def test_what_a_server_cannot_store_before_it_leaves_is_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_gateway(tmp_path, accept_plain_records=True, drain_seconds=0.3) as running:
+        running.sink.error = SinkUnavailableError("away")
+        async with running.connect() as channel:
+            stream = call(channel, running.reviews.agent("n"), SEED, None)
+            await stream.write(plain(0, 10))
+            await eventually(lambda: running.metric("batches_retrying") > 0)
+            stream.cancel()
+            await eventually(lambda: running.metric("plain_streams") == 0)
+        running.stop.set()
+        await running.task
+        assert running.metric("plain_lost_total") == 10
+        assert running.metric("batches_inflight_bytes") == 0
+    assert "plain records were not stored" in capsys.readouterr().out
+
+
+async def test_few_messages_are_open_at_once(tmp_path: Path) -> None:
+    async with running_gateway(
+        tmp_path, accept_plain_records=True, max_inflight_bytes=4 * limits.BATCH_BYTES
+    ) as running:
+        running.sink.open.clear()
+        data = large(2)
+        async with running.connect() as channel, running.connect() as other:
+            streams = []
+            for number in range(20):
+                through = channel if number % 2 else other
+                stream = call(through, running.reviews.agent(f"n-{number}"), SEED, None)
+                await stream.write(data)
+                streams.append(stream)
+            await eventually(lambda: running.metric("plain_streams") == 20)
+            await eventually(lambda: running.metric("plain_held_bytes") > 0)
+            room = max(running.gateway._shared.plain._budget._limit, 2 * len(data))
+            assert running.metric("plain_held_bytes") <= room
+            assert running.metric("batches_inflight_bytes") <= 4 * limits.BATCH_BYTES + room
+            opened = sum(len(records) for records in open_records())
+            assert opened * 500_000 * 2 <= room
+            running.sink.open.set()
+            for stream in streams:
+                await stream.done_writing()
+                assert await stream.code() == grpc.StatusCode.OK
+        assert stored(running) == 40
+        assert running.metric("plain_held_bytes") == 0
+
+
+def open_records() -> list[list[EncodedRecord]]:
+    """The lists of records that messages hold which are open."""
+    return [each.records for each in gc.get_objects() if isinstance(each, PlainCame)]
 
 
 async def test_what_is_too_large_is_set_aside(running: RunningGateway) -> None:

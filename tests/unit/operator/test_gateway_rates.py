@@ -108,6 +108,15 @@ def test_five_thousand_come_back_in_order_and_are_all_in_soon() -> None:
     assert tries < 2 * 5000
 
 
+def test_a_crowd_lets_nobody_in_and_costs_no_turns() -> None:
+    admission = Admission(10, 2, 0.0)
+    for _ in range(5):
+        admitted, seconds = admission.ask(0.0, crowded=True)
+        assert not admitted
+        assert seconds > HOLD_SECONDS
+    assert [admission.ask(0.0) for _ in range(2)] == [(True, 0.0)] * 2
+
+
 def test_slots_are_apart() -> None:
     admission = Admission(10, 1, 0.0)
     answers = [admission.ask(0.0) for _ in range(50)]

@@ -338,6 +338,7 @@ def test_reports_are_split_and_bounded() -> None:
         b"\x0a\x00" * (1024 * 1024),
         b"\x1a\x00" * (1024 * 1024),
         b"\x58\x00" * (1024 * 1024),
+        b"\xa3\x06\xa4\x06" + b"\x0a\x00" * (1024 * 1024),  # behind a group
     ],
 )
 def test_millions_of_empty_entries_are_refused_without_being_made(data: bytes) -> None:

@@ -1,13 +1,15 @@
 """The life of the watches' thread, without an API server."""
 
 import asyncio
+import copy
 import threading
 from typing import Any
 
 import kopf
 import pytest
 from kubernetes.aio.client import Configuration
-from outrider_operator.kube.watch import Watches
+from outrider_operator.core.ports import Change
+from outrider_operator.kube.watch import Kind, Watches
 from outrider_operator.metrics import ServerMetrics
 from outrider_runtime.metrics import new_registry
 
@@ -43,3 +45,34 @@ async def test_a_stop_that_comes_before_the_watches_began_ends_them(
     done, _ = await asyncio.wait([running], timeout=5)
     assert done, "the watches do not end"
     assert running.cancelled()
+
+
+@pytest.mark.parametrize("kind", ["Agent", "AgentTask", "Node"])
+async def test_what_is_handed_over_is_whole_and_kopf_keeps_little_of_it(kind: Kind) -> None:
+    seen: dict[str, Any] = {
+        "kind": kind,
+        "metadata": {
+            "name": "a",
+            "uid": "1",
+            "resourceVersion": "7",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {"zone": "west"},
+            "finalizers": ["outrider.dev/end-runs"],
+            "managedFields": [{"manager": "somebody"}],
+        },
+        "spec": {"unschedulable": True},
+        "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+    }
+    whole = copy.deepcopy(seen)
+    told: asyncio.Queue[Change] = asyncio.Queue()
+    watches = Watches(Configuration(), told.put_nowait, ServerMetrics(new_registry()))
+    await watches._handler(kind)(event={"type": "MODIFIED", "object": seen})
+    change = await asyncio.wait_for(told.get(), 5)
+    assert (change.kind, change.gone) == (kind, False)
+    assert change.body["spec"] == whole["spec"]
+    assert change.body["status"] == whole["status"]
+    assert change.body["metadata"]["labels"] == whole["metadata"]["labels"]
+    if kind != "Node":
+        assert change.body == whole
+    del whole["metadata"]["managedFields"], whole["spec"], whole["status"]
+    assert seen == whole

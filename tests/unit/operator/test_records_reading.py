@@ -156,3 +156,23 @@ def test_a_folder_is_read_on_and_not_again(tmp_path: Path) -> None:
     assert read(folder, problems) == []
     folder.close()
     assert problems == []
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    first, last = tmp_path / "1.records", tmp_path / "3.records"
+    first.write_bytes(frame(1))
+    folder, problems = Folder(tmp_path, Wanted()), list[str]()
+    assert [line.seq for line in folder.read(problems) if line] == [1]
+    with first.open("ab") as file:
+        file.write(frame(2))
+    first.unlink()
+    last.write_bytes(frame(4))
+    assert [line.seq for line in folder.read(problems) if line] == [2, 4]
+    (problem,) = problems
+    assert "1.records was deleted before it was read" in problem
+    # Where all of it was read there is nothing to tell.
+    problems.clear()
+    last.unlink()
+    assert list(folder.read(problems)) == []
+    assert problems == []
+    folder.close()

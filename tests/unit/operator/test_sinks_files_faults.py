@@ -1,6 +1,7 @@
 """The file sink's faults: a disk really full, kill -9 under load, cancelled in mid-write."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -194,6 +195,47 @@ async def test_a_disk_that_hangs_is_told_and_not_waited_for(
             await case.sink.store(origin(), batch(2))
         go_on.set()
         await storing
+        await eventually(lambda: case.health.ready)
+
+
+async def test_files_that_are_too_old_make_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without disk space nothing is written, nothing else deletes them."""
+    monkeypatch.setattr(files, "PROBE_SECONDS", 0.05)
+    async with running(tmp_path, max_file_seconds=1, max_age_seconds=2) as case:
+        await case.sink.store(origin(), batch(1))
+        room = files_writer.RotatedFiles._check_room
+
+        def full(self: Any, size: int) -> None:
+            if any(stored.files_in(tmp_path)):
+                raise OSError(errno.ENOSPC, "no room")
+            room(self, size)
+
+        monkeypatch.setattr(files_writer.RotatedFiles, "_check_room", full)
+        with pytest.raises(SinkUnavailableError):
+            await case.sink.store(origin(), batch(2))
+        assert not case.health.ready
+        await eventually(lambda: case.health.ready, 10)
+        assert not stored.files_in(tmp_path)
+
+
+async def test_a_disk_that_hangs_in_a_flush_is_told_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SLOW_SECONDS", 0.1)
+    go_on = threading.Event()
+
+    def hanging(_: int) -> None:
+        assert go_on.wait(10)
+
+    async with running(tmp_path, fsync="interval", fsync_interval_seconds=0.3) as case:
+        await case.sink.store(origin(), batch(1))
+        monkeypatch.setattr(os, "fsync", hanging)
+        try:
+            await eventually(lambda: not case.health.ready, 5)
+        finally:
+            go_on.set()
         await eventually(lambda: case.health.ready)
 
 

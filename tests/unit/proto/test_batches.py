@@ -151,3 +151,24 @@ def test_limits(change, says) -> None:
 def test_too_many_records_are_never_made() -> None:
     with pytest.raises(batches.BatchError, match="1 to 10000 records"):
         make([EncodedRecord()] * (limits.BATCH_RECORDS + 1))
+
+
+@pytest.mark.parametrize("entry", [b"\x0a\x00", b"\x0a\x02\x08\x01"])
+def test_millions_of_records_are_refused_before_there_is_an_object_for_each(entry: bytes) -> None:
+    """They fit into a few KiB, and would take half a GiB."""
+    content = entry * (limits.BATCH_DECOMPRESSED_BYTES // len(entry))
+    batch = RecordBatch(
+        epoch=1,
+        seq=1,
+        codec=CODEC_ZSTD,
+        records=zstandard.ZstdCompressor().compress(content),
+        count=limits.BATCH_RECORDS,
+        decompressed_bytes=len(content),
+    )
+    with pytest.raises(batches.BatchError, match="more records than the 10000 that it states"):
+        batches.decode(batch)
+
+
+def test_a_large_batch_of_as_many_records_as_it_states_is_opened() -> None:
+    records = [EncodedRecord(data_type=1, data=bytes(1500)) for _ in range(limits.BATCH_RECORDS)]
+    assert batches.decode(make(records)) == records

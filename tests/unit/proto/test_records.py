@@ -67,6 +67,18 @@ def test_unreadable_file_is_an_exit_code(tmp_path, capsys) -> None:
     assert "a frame has no length" in capsys.readouterr().err
 
 
+def test_what_an_agent_made_wrong_hides_nothing_of_others(tmp_path, capsys) -> None:
+    """Batches are stored unopened."""
+    wrong = stored(2)
+    wrong.batch.records = b"rubbish"
+    file = tmp_path / "f"
+    file.write_bytes(b"".join(map(records.frame, [stored(1), wrong, stored(3), stored(1)])))
+    assert records.main([str(file)]) == 1
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert "batch 9/2 of n1" in printed.err
+
+
 @given(st.integers(0, 400))
 def test_torn_tail_ends_the_file(cut) -> None:
     """Whatever was cut off the end: all frames before it come out whole, and nothing else."""

@@ -46,6 +46,7 @@ def test_a_split_report_is_counted_as_a_whole() -> None:
         (b"", b"\x58\x00", ()),  # a number that is not known
         (b"\x92\x01\x80\x80\x80\x05", b"\x50\x00", ()),  # the same inside a report
         (b"", b"\x92\x01\x00", ()),  # empty reports
+        (b"", b"\xa3\x06\xa4\x06", ()),  # empty groups
     ],
 )
 def test_counting_ends_at_the_bound(start: bytes, entry: bytes, path: tuple[int, ...]) -> None:
@@ -55,3 +56,11 @@ def test_counting_ends_at_the_bound(start: bytes, entry: bytes, path: tuple[int,
     assert beyond(data, bounds) == path
     if not start:
         assert beyond(entry * OTHER_FIELDS, bounds) is None
+
+
+def test_counting_does_not_end_at_a_group() -> None:
+    """Protobuf reads over groups, which no message of ours has, and takes what follows."""
+    data = b"\xa3\x06\x58\x07\xa4\x06" + b"\x0a\x00" * 12
+    assert len(PackagedData.FromString(data).records) == 12
+    assert beyond(data, {(1,): 11}) == (1,)
+    assert beyond(data, {(1,): 12}) is None

@@ -39,12 +39,14 @@ class Held:
         data_types: The different types among them.
         size: Bytes of all.
         since: When the first one came.
+        settled: Whether they were stored or given up; for whoever waits for that.
     """
 
     entries: list[bytes] = field(default_factory=list)
     data_types: set[int] = field(default_factory=set)
     size: int = 0
     since: float = 0.0
+    settled: bool = False
 
     def add(self, entry: bytes, data_type: int) -> None:
         """Hold one more."""
@@ -84,6 +86,11 @@ class Batcher:
         if self._open.entries:
             self._closed.append(self._open)
             self._open = Held()
+
+    @property
+    def closed(self) -> Collection[Held]:
+        """What was closed and not taken yet."""
+        return self._closed
 
     def due(self) -> float | None:
         """When a batch is to be taken; None while there is none, the past if one is closed."""

@@ -62,8 +62,6 @@ class _Queue:
         batchers: By group of data types.
         pending: What is being stored, or is to be tried again; batches of `batchers` no more.
         bytes: Of all records, until they are stored.
-        taken: Records that ever came.
-        done: Those of them that were stored or given up.
         retry_at: Not to be tried before this time.
         refused: Whether that is because the outbox was full.
         backoff: Time between tries.
@@ -73,8 +71,6 @@ class _Queue:
     batchers: dict[int, Batcher] = field(default_factory=dict)
     pending: list[NewBatch] = field(default_factory=list)
     bytes: int = 0
-    taken: int = 0
-    done: int = 0
     retry_at: float = float("-inf")
     refused: bool = False
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 10.0))
@@ -172,11 +168,13 @@ class Recorder:
         Also once it was given up, which is counted: as the agent stops, or beyond the wire's limit.
         """
         queue = self._queues[record_class]
-        upto = queue.taken
+        # These very ones: what came later, or is in another group, may be stored before them.
+        held = [new.held for new in queue.pending]
         for batcher in queue.batchers.values():
             batcher.close()
+            held += batcher.closed
         self._wake.set()
-        while queue.done < upto:
+        while not all(one.settled for one in held):
             self._room.clear()
             await self._room.wait()
 
@@ -201,7 +199,6 @@ class Recorder:
         if batcher is None:
             batcher = queue.batchers[group] = Batcher(self._limits)
         queue.bytes += len(item)
-        queue.taken += 1
         if batcher.add(item, data_type, time.monotonic()):
             self._wake.set()
 
@@ -283,7 +280,7 @@ class Recorder:
 
     def _done(self, queue: _Queue, new: NewBatch, result: object) -> None:
         queue.bytes -= new.held.size
-        queue.done += new.records
+        new.held.settled = True
         if isinstance(result, BatchError):
             self._drop(queue.record_class, "too_large", new.records)
             log.warning("records do not fit into a batch", records=new.records, error=str(result))

@@ -187,10 +187,18 @@ class Store:
         ) -> list[outbox.Appended | BatchError | OutboxFullError]:
             room = outbox.Room(self._bounds, self._limit, reserved=self._limits.relaxed)
             results: list[outbox.Appended | BatchError | OutboxFullError] = []
+            full: OutboxFullError | None = None
             for new in news:
+                if full is not None and new.record_class is RecordClass.RESULT:
+                    results.append(full)
+                    continue
                 try:
                     results.append(outbox.append(db, new, room, epoch=self.epoch))
-                except (BatchError, OutboxFullError) as error:  # nothing was written for it
+                except BatchError as error:  # nothing was written for it
+                    results.append(error)
+                except OutboxFullError as error:
+                    # Smaller ones that come later might fit, and would go before it for ever.
+                    full = error
                     results.append(error)
             return results
 
@@ -288,10 +296,19 @@ class Store:
 
     # Free space; the first of these in the thread.
 
-    def _tend(self, db: sqlite3.Connection) -> None:
-        """Look at the disk now and then, and keep the outbox to what it has room for."""
-        if time.monotonic() < self._next_look:
-            return
+    def _tend(self, db: sqlite3.Connection) -> float | None:
+        """Look at the disk now and then, and keep the outbox to what it has room for.
+
+        Returns after how many seconds to look again whatever happens: while the outbox has less
+        room than it may, records are refused, and nothing else might ever come here.
+        """
+        left = self._next_look - time.monotonic()
+        if left <= 0:
+            self._look(db)
+            left = self._next_look - time.monotonic()
+        return max(0.0, left) if self._limit < self._limits.max_outbox_bytes else None
+
+    def _look(self, db: sqlite3.Connection) -> None:
         self._next_look = time.monotonic() + space.LOOK_SECONDS
         try:
             disk = space.disk_of(self._directory)

@@ -68,12 +68,13 @@ class Hooks:
         unsynced: None: what is needed SOON is synced at once. Else it may be late, and this is
             called before such a commit; what it returns, if anything, is committed first and
             synced.
-        tend: Called after each group.
+        tend: Called after each group; returns after how many seconds it is to be called again even
+            if nothing is done, None: not before something is.
         damaged: Called on the loop once the file turned out to be damaged.
     """
 
     unsynced: Callable[[sqlite3.Connection], Callable[[sqlite3.Connection], None] | None] | None
-    tend: Callable[[sqlite3.Connection], None]
+    tend: Callable[[sqlite3.Connection], float | None]
     damaged: Callable[[Exception], None]
 
 
@@ -89,6 +90,7 @@ class Worker:
         self._places = asyncio.Semaphore(MAX_WAITING)
         self._busy_since: float | None = None
         self._unsynced_since: float | None = None
+        self._tend_at: float | None = None
         self._full = True
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
@@ -147,18 +149,19 @@ class Worker:
                 self._commit(operations)
                 self.later(self._resolve, operations)
             self._sync_if_due(at_once=closing)
-            self._hooks.tend(self._db)
+            again = self._hooks.tend(self._db)
+            self._tend_at = None if again is None else time.monotonic() + again
             self._busy_since = None
 
     def _group(self) -> list[_Operation | None]:
-        """What is to be done next; nothing if a sync is due first."""
+        """What is to be done next; nothing if a sync or a look at the disk is due first."""
         group: list[_Operation | None] = []
+        due = [] if self._tend_at is None else [self._tend_at]
+        if self._unsynced_since is not None:
+            due.append(self._unsynced_since + SYNC_SECONDS)
         with contextlib.suppress(queue.Empty):
-            if self._unsynced_since is None:
-                group.append(self._queue.get())
-            else:
-                left = self._unsynced_since + SYNC_SECONDS - time.monotonic()
-                group.append(self._queue.get(timeout=max(0.0, left)))
+            left = max(0.0, min(due) - time.monotonic()) if due else None
+            group.append(self._queue.get(timeout=left))
             while len(group) < GROUP and group[-1] is not None:
                 group.append(self._queue.get_nowait())
         return group

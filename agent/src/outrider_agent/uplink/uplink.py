@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -45,6 +46,13 @@ _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED: "the server does not accept our token",
     grpc.StatusCode.PERMISSION_DENIED: "the server does not let our token speak for this node",
 }
+
+
+#: Where a call ends while its first message is being written, grpc.aio (1.85, `_write` of
+#: grpc/aio/_call.py) puts this in the place of its status. It is a server that lets nobody in now,
+#: for it reads first from all others: we come back after a time of our own, within these seconds.
+_UNREAD: Final = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+UNREAD_SECONDS: Final = (1.0, 5.0)
 
 
 class DialError(Exception):
@@ -206,6 +214,8 @@ class Uplink:
     def _take_error(self, route: Route, error: grpc.aio.AioRpcError) -> str:
         """A stream that ended with an error: tell of it; its result for the metrics."""
         seconds = pushback(error.trailing_metadata() or (), self._rng)
+        if seconds is None and not self._welcomed_at and _ended_unread(error):
+            seconds = self._rng.uniform(*UNREAD_SECONDS)
         if seconds is None:
             self._tell(_explain(route, error))
             return "refused" if error.code() in _REFUSALS else "failed"
@@ -297,6 +307,11 @@ class Uplink:
             tell, event = log.debug, "still not connected"
         more = {} if seconds is None else {"seconds": round(seconds, 1)}
         tell(event, reason=problem, failures=self._backoff.failures, **more)
+
+
+def _ended_unread(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the status of a refused call was lost."""
+    return (error.code(), error.details()) == _UNREAD
 
 
 def _explain(route: Route, error: grpc.aio.AioRpcError) -> str:

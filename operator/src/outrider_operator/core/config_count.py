@@ -16,7 +16,7 @@ from outrider_operator.core.config_plan import (
     plugin_names,
     stand,
 )
-from outrider_operator.core.config_rollout import NodeView, Standing
+from outrider_operator.core.config_rollout import NodeView, Rollout, Standing
 
 
 @dataclass
@@ -34,16 +34,26 @@ class Counts:
     absent: int = 0
 
 
-def count(config: Config, found: Iterable[NodeView]) -> Counts:
-    """The numbers of an AgentConfig with a change on its way."""
-    counts = Counts()
-    standings: Counter[tuple[bool, Standing]] = Counter(
-        (
-            config.rollout.in_trial(view) or config.rollout.settled == config.target,
-            view.standing,
-        )
-        for view in found
-    )
+def count(config: Config, found: Iterable[NodeView], before: Rollout | None = None) -> Counts:
+    """The numbers of an AgentConfig with a change on its way.
+
+    Args:
+        config: with the state as it is to be written.
+        found: its nodes, as they stand to what they are to have by the state before.
+        before: that state; None: it is the same. Who is to have something else now has not got it.
+    """
+    counts, after = Counts(), config.rollout
+    settled = after.settled == config.target
+    standings: Counter[tuple[bool, Standing]] = Counter()
+    for view in found:
+        standing = view.standing
+        if (
+            before is not None
+            and standing is Standing.WELL
+            and _held(before, view) != _held(after, view)
+        ):
+            standing = Standing.APPLYING
+        standings[after.in_trial(view) or settled, standing] += 1
     for (newest, standing), number in standings.items():
         _add(counts, newest, standing, number)
     return counts
@@ -78,6 +88,11 @@ def count_settled(
                 standing = stand(nodes[member], now.desired[member], plugins[name], 0.0)[0]
                 _add(found[name], newest, standing, 1)
     return found
+
+
+def _held(state: Rollout, view: NodeView) -> str:
+    """The revision a node is to have."""
+    return state.trial if state.in_trial(view) else state.settled
 
 
 def _add(counts: Counts, newest: bool, standing: Standing, number: int) -> None:

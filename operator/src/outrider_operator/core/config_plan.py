@@ -65,7 +65,7 @@ class Config:
     revisions: Mapping[str, Revision]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PluginView:
     """A plug-in as its agent reported it: whether it is well, and whether it failed for good."""
 
@@ -74,7 +74,7 @@ class PluginView:
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Report:
     """How an agent stands to its configuration, as it said last.
 
@@ -95,7 +95,7 @@ class Report:
     at: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeState:
     """A node with its agent.
 

@@ -190,7 +190,11 @@ def budget(plan: Plan, ordered: Collection[NodeView]) -> int:
 def _canary(before: Rollout, plan: Plan, ordered: Sequence[NodeView], now: float) -> Rollout:
     """Give the trial to the canaries, and wait until they have been well for long enough."""
     wanted = resolve(plan.canary_nodes, len(ordered), up=True)
-    present = [n for n in ordered if before.in_trial(n) or _there(n)]
+    present = [
+        n
+        for n in ordered
+        if _there(n) or (before.in_trial(n) and n.standing is not Standing.ABSENT)
+    ]
     if not wanted or not ordered:
         return _rolling(_rolls(before), plan, ordered, now)
     failed = [n for n in ordered if before.in_trial(n) and has_failed(n, before, plan, now)]
@@ -243,7 +247,9 @@ def _rolling(before: Rollout, plan: Plan, ordered: Sequence[NodeView], now: floa
     room = allowed - sum(n.standing not in (Standing.WELL, Standing.ABSENT) for n in reached)
     through = before.through
     for node in ordered[len(reached) :]:
-        if _there(node):
+        # One that left during the change is soon back: it takes a place, or a moment without
+        # connections would give the change to all of them. One that is away for longer does not.
+        if node.standing is not Standing.ABSENT:
             if room <= 0:
                 break
             room -= 1

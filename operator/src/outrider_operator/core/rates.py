@@ -146,8 +146,12 @@ class Admission:
         self._at = now
         self._slot = now
 
-    def ask(self, now: float) -> tuple[bool, float]:
+    def ask(self, now: float, *, crowded: bool = False) -> tuple[bool, float]:
         """Somebody came.
+
+        Args:
+            now: seconds.
+            crowded: those who were let in wait for something already: nobody more is let in.
 
         Returns:
             True and how long to hold it before it goes on, or False and when it is to come back,
@@ -156,7 +160,7 @@ class Admission:
         if now > self._at:
             self._level = min(self._burst, self._level + (now - self._at) * self._rate)
             self._at = now
-        if self._level - 1 >= -HOLD_SECONDS * self._rate:
+        if not crowded and self._level - 1 >= -HOLD_SECONDS * self._rate:
             self._level -= 1
             return True, max(0.0, -self._level / self._rate)
         spacing = 1 / (self._rate * SLOT_SHARE)

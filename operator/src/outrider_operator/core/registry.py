@@ -4,6 +4,7 @@ Fed with what gateways tell; the newest stream of a node wins, by its session nu
 given now. Objects are written elsewhere, and only when what stands here differs from them.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,7 +20,7 @@ from outrider_operator.core.times import seconds, seconds_of
 GATEWAY_LOST: Final = "GatewayUnreachable"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     """One agent's stream, as its gateway tells it.
 
@@ -48,7 +49,10 @@ class Session:
 
 
 def session_of(told: AgentSession, gateway: str, server: str, since: float) -> Session:
-    """A stream as the gateway told of it, its texts cut to what an Agent object takes."""
+    """A stream as the gateway told of it, its texts cut to what an Agent object takes.
+
+    Texts that thousands of agents have in common are kept once.
+    """
     hello = told.hello
     return Session(
         node=told.node,
@@ -59,15 +63,15 @@ def session_of(told: AgentSession, gateway: str, server: str, since: float) -> S
         since=since,
         pod=told.pod[:253],
         address=told.address[:256],
-        version=hello.version[:128],
-        net_mode=hello.net_mode[:16],
-        platform=hello.platform[:128],
-        kernel=hello.kernel[:256],
+        version=sys.intern(hello.version[:128]),
+        net_mode=sys.intern(hello.net_mode[:16]),
+        platform=sys.intern(hello.platform[:128]),
+        kernel=sys.intern(hello.kernel[:256]),
         instance=hello.instance[:128],
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Departure:
     """An agent that is gone: since when, and a CamelCase word for why."""
 

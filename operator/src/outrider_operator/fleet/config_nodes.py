@@ -49,8 +49,9 @@ class ConfigNodes:
         self._now = now
         self.states: dict[str, NodeState] = {}
         self._changed: set[str] = set(labels)
-        #: The newest report of each node: its session, as it came, and as it is decided on.
-        self._reports: dict[str, tuple[int, pb.ConfigReport, Report]] = {}
+        #: The newest report of each node: its session, as it came, and as it is decided on. As it
+        #: came, but serialized: a message would keep all that came with it in memory.
+        self._reports: dict[str, tuple[int, bytes, Report]] = {}
         #: What each node is to have, and since when.
         self._wanted: dict[str, tuple[Desired, float]] = {}
 
@@ -71,10 +72,11 @@ class ConfigNodes:
             state = self.states.get(told.node)
             if state is not None and now - state.told < ECHO_SECONDS:
                 made = before  # of its last try: it is only about to begin the next
-        self._reports[told.node] = (told.session, told.report, made)
+        data = told.report.SerializeToString(deterministic=True)
+        self._reports[told.node] = (told.session, data, made)
         self._metrics.config_told.labels(_phase(told.report.phase)).inc()
         self._changed.add(told.node)
-        if last is None or last[1] != told.report:
+        if last is None or last[1] != data:
             self._news(told.node)
 
     def refresh(self) -> list[str]:
@@ -131,7 +133,7 @@ class ConfigNodes:
         wanted, found = self._wanted.get(node), self._reports.get(node)
         if wanted is None or found is None:
             return None
-        return agent_config(found[1], wanted[0])
+        return agent_config(pb.ConfigReport.FromString(found[1]), wanted[0])
 
     def all_told(self) -> bool:
         """Whether nobody is missed who was there, and all that are have told what they run."""

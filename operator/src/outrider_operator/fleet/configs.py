@@ -265,7 +265,7 @@ class Configs:
             seen = list(views(before, self._nodes.states, now))
             state = step(before.rollout, before.target, before.plan, seen, at, before.attempt)
             after = replace(before, rollout=state)
-            counts = count(after, seen)
+            counts = count(after, seen, before.rollout)
         generation = known.body["metadata"].get("generation", 0)
         status = status_of(after, counts, clashes, known.status, generation, at, known.problem)
         same = essence(status) == essence(known.status)

@@ -57,6 +57,10 @@ PUSHBACK: Final = "grpc-retry-pushback-ms"
 
 log = get_logger(__name__)
 
+#: Reviews that may wait for each one under way. An agent waits 10 s for its welcome: with thousands
+#: of reviews ahead it gives up and comes again, and all that was done for it was for nothing.
+REVIEWS_AHEAD: Final = 4
+
 # The interceptor and the handler of a call run in one task, so this is the call's own.
 _identity: contextvars.ContextVar[Identity] = contextvars.ContextVar("identity")
 
@@ -124,6 +128,11 @@ class Authenticator:
                 return await asyncio.shield(pending)
         except TimeoutError:
             return _NO_ANSWER
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many tokens wait for their review that more would wait for too long."""
+        return len(self._pending) >= REVIEWS_AHEAD * self._settings.max_reviews
 
     def _remembered(self, key: bytes) -> Outcome | None:
         entry = self._cache.get(key)
@@ -244,13 +253,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     async def _admit(self) -> Refusal | None:
         """Let a stream in at the set rate, which may take a moment, or say when to come back."""
-        admitted, seconds = self._admission.ask(self._monotonic())
+        crowded = self._authenticator.crowded
+        admitted, seconds = self._admission.ask(self._monotonic(), crowded=crowded)
         if not admitted:
             self._metrics.connects.labels("sent_back").inc()
+            bound = "the API server" if crowded else "gateway.connectRate"
             return Refusal(
                 RefusalCode.UNAVAILABLE,
                 "TooManyConnects",
-                f"more agents connect than gateway.connectRate has: come back in {seconds:.1f} s",
+                f"more agents connect than {bound} has time for: come back in {seconds:.1f} s",
                 retry_millis=int(seconds * 1000) + 1,
             )
         self._metrics.connects.labels("held" if seconds else "admitted").inc()

@@ -12,9 +12,8 @@ import functools
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from outrider_proto import limits
 from outrider_runtime.backoff import Backoff
@@ -25,12 +24,13 @@ from outrider_operator.core.rates import Flow
 from outrider_operator.core.sink import Origin, Sink, SinkError, SinkRejectedError, Storing
 from outrider_operator.gateway.aside import Aside
 from outrider_operator.gateway.budget import ByteBudget
+from outrider_operator.gateway.waiting import Again, Owner, Waiting
 from outrider_operator.metrics import ServerMetrics
 
 #: Longest wait between two tries to store a batch, seconds.
 RETRY_CAP_SECONDS: Final = 5.0
 RETRY_BASE_SECONDS: Final = 0.2
-#: Most batches that are tried again at once.
+#: So many batches are tried again at once, and what remains of one agent's.
 RETRY_STEP: Final = 1024
 #: What a batch that waits takes besides its records, bytes, as measured: messages, futures, and
 #: what a sink keeps. Without it many small batches would hold many times the bound.
@@ -54,46 +54,6 @@ LEAST_PAUSE_SECONDS: Final = 0.05
 log = get_logger(__name__)
 
 
-class Owner(Protocol):
-    """Whom batches came from. No method raises or waits."""
-
-    @property
-    def closed(self) -> bool:
-        """Nobody waits for the answer any more."""
-
-    @property
-    def splits(self) -> bool:
-        """A batch that is too large can be given back, to come again as smaller ones."""
-
-    def stored(self, batch: Batch, size: int) -> None:
-        """A batch is safe; `size` is what it was counted as."""
-
-    def split(self, batch: Batch, size: int, max_bytes: int) -> None:
-        """A batch is to come again, as batches of at most `max_bytes`."""
-
-    def dropped(self, batch: Batch, size: int) -> None:
-        """A batch was not stored, and is not held any more: the owner is closed."""
-
-    def rejected(self, batch: Batch, error: str) -> None:
-        """A batch can never be stored and is set aside; for the log, `stored` follows."""
-
-
-class Waiting:
-    """One batch on its way into the sink."""
-
-    __slots__ = ("batch", "began", "cost", "origin", "owner", "size")
-
-    def __init__(
-        self, owner: Owner, origin: Origin, batch: Batch, size: int, cost: int, began: float
-    ) -> None:
-        self.owner = owner
-        self.origin = origin
-        self.batch = batch
-        self.size = size
-        self.cost = cost
-        self.began = began
-
-
 class Intake:
     """Takes batches for the sink.
 
@@ -114,15 +74,18 @@ class Intake:
         self._most_waiting = limit - self._limit
         self._budget = ByteBudget(self._limit)
         self._waiting = 0
-        self._aside = Aside(sink, metrics, self._stored)
+        self._aside = Aside(sink, metrics, self._stored, self._drop)
+        self._closed = False
         # Called in this order when there is room again.
         self._let_go: dict[Callable[[], None], None] = {}
         self._returning: asyncio.TimerHandle | None = None
-        self._again: deque[Waiting] = deque()
+        self._number = 0
+        self._again = Again()
         self._step = 1
         self._backoff = Backoff(RETRY_BASE_SECONDS, RETRY_CAP_SECONDS)
         self._timer: asyncio.TimerHandle | None = None
         # What was stored in this turn of the loop, and is counted at its end.
+        self._counting = False
         self._batches = 0
         self._records = 0
         self._bytes = 0
@@ -176,8 +139,9 @@ class Intake:
         return False
 
     def when_room(self, call: Callable[[], None]) -> None:
-        """Have `call` called once, when there is room because the sink stores batches again."""
+        """Have `call` called once, when there is room again, for whatever reason."""
         self._let_go[call] = None
+        self._return_later()
 
     def forget(self, call: Callable[[], None]) -> None:
         """Undo `when_room`."""
@@ -194,25 +158,34 @@ class Intake:
         """
         began = time.monotonic()
         for batch, size in batches:
-            waiting = Waiting(owner, origin, batch, size, self._cost(batch, size), began)
+            self._number += 1
+            cost = self._cost(batch, size)
+            waiting = Waiting(owner, origin, batch, size, cost, began, self._number)
             began = 0.0  # the first of a message stands for all in the histogram
             if self._again:
-                self._again.append(waiting)  # behind those that wait longer
+                self._again.add(waiting)  # behind those that wait longer
             else:
                 self._hand_over(waiting)
 
     def close(self) -> None:
-        """Try nothing again from now on."""
+        """Try nothing again from now on: what the sink has not taken is dropped."""
+        self._closed = True
         for timer in (self._timer, self._returning):
             if timer is not None:
                 timer.cancel()
         self._let_go.clear()
-        self._again.clear()
+        while self._again:
+            for waiting in self._again.take():
+                self._drop(waiting)
         self._aside.close()
 
     def _hand_over(self, waiting: Waiting) -> None:
-        storing = self.sink.store(waiting.origin, waiting.batch)
-        storing.add_done_callback(functools.partial(self._settle, waiting))
+        try:
+            storing = self.sink.store(waiting.origin, waiting.batch)
+        except Exception as error:  # noqa: BLE001 - a fault of ours, told below, like a sink's
+            self._failed(waiting, error)
+        else:
+            storing.add_done_callback(functools.partial(self._settle, waiting))
 
     def _settle(self, waiting: Waiting, storing: Storing) -> None:
         error = None if storing.cancelled() else storing.exception()
@@ -221,17 +194,31 @@ class Intake:
         elif isinstance(error, SinkRejectedError):
             self._reject(waiting, error)
         else:
-            # The sink itself says why, once, in its log and condition; this is one of many. What is
-            # no error of a sink is a fault of ours, and told: not for each, there may be thousands.
-            if error is not None and not isinstance(error, SinkError) and not self._again:
-                log.error("batch not stored, it is tried again", exc_info=error)
-            self._results["unavailable"].inc()
-            self._step = 1
-            self._try_later(waiting)
+            self._failed(waiting, error)
+
+    def _failed(self, waiting: Waiting, error: BaseException | None) -> None:
+        """The sink does not take a batch now."""
+        # The sink itself says why, once, in its log and condition; this is one of many. What is
+        # no error of a sink is a fault of ours, and told: not for each, there may be thousands.
+        if error is not None and not isinstance(error, SinkError) and not self._again:
+            log.error("batch not stored, it is tried again", exc_info=error)
+        self._results["unavailable"].inc()
+        self._step = 1
+        if self._closed or waiting.owner.closed:
+            self._drop(waiting)
+            return
+        self._again.add(waiting)
+        self._try_later()
+
+    def _answered(self) -> None:
+        """The sink has taken or refused a batch: see to the rest at the end of this turn."""
+        if not self._counting:
+            self._counting = True
+            asyncio.get_running_loop().call_soon(self._count)
 
     def _stored(self, waiting: Waiting) -> None:
-        if not self._batches:
-            asyncio.get_running_loop().call_soon(self._count)
+        if not self._counting:
+            self._answered()
         self._batches += 1
         self._records += waiting.batch.count
         self._bytes += waiting.cost
@@ -241,13 +228,12 @@ class Intake:
         waiting.owner.stored(waiting.batch, waiting.size)
 
     def _count(self) -> None:
-        """Once for all that was stored in a turn of the loop."""
+        """Once for all that was stored or refused in a turn of the loop."""
+        self._counting = False
         self._results["stored"].inc(self._batches)
         self._metrics.records.inc(self._records)
         self._flow.add(self._bytes, time.monotonic())
         self._batches = self._records = self._bytes = 0
-        if self._let_go and self._returning is None:
-            self._call_back()
         if self._again:  # the sink takes batches again: more and more of them at once
             self._step = min(RETRY_STEP, 2 * self._step)
             self._backoff.reset()
@@ -261,13 +247,19 @@ class Intake:
             call()
         self._returning = None
         if self._let_go:
+            self._return_later()
+
+    def _return_later(self) -> None:
+        """Look for room soon. Asked for, not told: it comes from many places, or was there."""
+        if self._returning is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._returning = loop.call_later(RETURN_SECONDS, self._call_back)
 
     def _reject(self, waiting: Waiting, error: SinkRejectedError) -> None:
         self._results["rejected"].inc()
+        self._answered()
         owner, batch = waiting.owner, waiting.batch
-        if owner.closed:
+        if self._closed or owner.closed:
             self._drop(waiting)
         elif error.max_bytes and batch.count > 1 and owner.splits:
             self._metrics.batch_rejects.labels("too_large", "split").inc()
@@ -279,30 +271,28 @@ class Intake:
             owner.rejected(batch, str(error))
             self._aside.put(waiting, str(error))
 
-    def _try_later(self, waiting: Waiting) -> None:
-        if waiting.owner.closed:
-            self._drop(waiting)
-            return
-        self._again.append(waiting)
-        if self._timer is None:
+    def _try_later(self) -> None:
+        if self._again and self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._backoff.next(), self._timed)
 
     def _timed(self) -> None:
         self._timer = None
-        self._try_again()
-        if self._again and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._backoff.next(), self._timed)
+        try:
+            self._try_again()
+        finally:
+            self._try_later()
 
     def _try_again(self) -> None:
-        """Hand some over again, the oldest first."""
-        for _ in range(min(self._step, len(self._again))):
-            waiting = self._again.popleft()
-            if waiting.owner.closed:
-                self._drop(waiting)
-            else:
-                self._hand_over(waiting)
+        """Hand some over again, each agent's in order; those of owners that are gone are no try."""
+        tried = 0
+        while self._again and tried < self._step:
+            for waiting in self._again.take():
+                if waiting.owner.closed:
+                    self._drop(waiting)
+                else:
+                    self._hand_over(waiting)
+                    tried += 1
 
     def _drop(self, waiting: Waiting) -> None:
         self._results["dropped"].inc()

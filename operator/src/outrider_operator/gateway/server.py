@@ -5,6 +5,7 @@ may do is on the explicit list in core/identity.py, and checked before the call 
 """
 
 import asyncio
+import contextlib
 import time
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ from outrider_operator.gateway.fleet_service import FleetLinks
 from outrider_operator.gateway.hub import DRAINING, Hub
 from outrider_operator.gateway.intake import Intake
 from outrider_operator.gateway.pace import Limiter
+from outrider_operator.gateway.plain import PlainStream
+from outrider_operator.gateway.plain_room import PlainRoom
 from outrider_operator.gateway.stream import Shared
 from outrider_operator.gateway.tls import Certificate
 from outrider_operator.gateway.transfer import AgentStream, transfer
@@ -129,6 +132,7 @@ class Gateway:
         self._authenticator = Authenticator(auth, review, metrics)
         self._certificate = Certificate(settings.tls, metrics, health)
         self._draining = False
+        self._drained_at = 0.0
         self._left = asyncio.Event()
         self._calls = 0
         self.hub = Hub(metrics)
@@ -141,6 +145,7 @@ class Gateway:
             hub=self.hub,
             intake=Intake(sink, settings.max_inflight_bytes, metrics),
             limiter=Limiter(settings.limits, settings.max_connections),
+            plain=PlainRoom(settings.max_inflight_bytes, metrics),
             metrics=metrics,
             replica=replica,
             version=version,
@@ -175,8 +180,23 @@ class Gateway:
                     task.cancel()
         finally:
             await server.stop(STOP_GRACE_SECONDS)
-            self._shared.intake.close()
+            await self._settle()
             log.info("not listening any more", port=self.port)
+
+    async def _settle(self) -> None:
+        """Have plain records stored until the time to drain is over: they are nowhere else."""
+        plain = self._shared.plain
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._drained_at):
+                await plain.all_settled()
+        self._shared.intake.close()
+        if plain.unstored or plain.lost:
+            log.error(
+                "plain records were not stored before the server stopped: the sink was away for "
+                "longer than gateway.drainSeconds, or streams broke while it was slow",
+                lost=plain.lost,
+                still_with_the_sink=plain.unstored,
+            )
 
     def _server(self, status: Any) -> grpc.aio.Server:
         server = grpc.aio.server(
@@ -251,6 +271,7 @@ class Gateway:
     async def _drain(self, status: Any) -> None:
         """Take no more streams, tell the agents to leave, and wait until they have."""
         self._draining = True
+        self._drained_at = asyncio.get_running_loop().time() + self._settings.drain_seconds
         self.links.drain()
         await status.enter_graceful_shutdown()
         streams = self.hub.streams()
@@ -258,17 +279,20 @@ class Gateway:
         for stream in streams:
             if isinstance(stream, AgentStream):
                 stream.tell_drain("the server leaves", self._settings.drain_spread_seconds)
+        for call in list(self._shared.calls):
+            if isinstance(call, PlainStream):  # it cannot be told, and takes a while to end
+                call.end(DRAINING)
         try:
-            async with asyncio.timeout(self._settings.drain_seconds):
+            async with asyncio.timeout_at(self._drained_at):
                 await self._all_gone()
         except TimeoutError:
-            log.warning("agents did not leave in time", agents=len(self.hub))
+            log.warning("agents did not leave in time", agents=len(self._shared.calls))
         for call in list(self._shared.calls):
             call.end(DRAINING)
         self.links.close()
 
     async def _all_gone(self) -> None:
-        while len(self.hub):
+        while self._shared.calls:
             self._left.clear()
             await self._left.wait()
 

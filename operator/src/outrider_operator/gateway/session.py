@@ -368,6 +368,8 @@ def _gunzip(data: bytes) -> bytes | Refused:
         )
     if not unpacker.eof:
         return _invalid("Unparsable", "the message is gzip data without an end")
+    if unpacker.unused_data:
+        return _invalid("Unparsable", "the message is more than one gzip member: send one")
     return unpacked
 
 

@@ -20,6 +20,7 @@ from outrider_operator.core.sink import NO_ENVELOPE, Envelope, Origin
 from outrider_operator.gateway.hub import TOKEN_EXPIRED, End, Hub
 from outrider_operator.gateway.intake import Intake
 from outrider_operator.gateway.pace import Limiter
+from outrider_operator.gateway.plain_room import PlainRoom
 from outrider_operator.gateway.session import Event, Refused, SessionProtocol
 from outrider_operator.metrics import ServerMetrics
 from outrider_operator.settings import AuthSettings, GatewaySettings
@@ -49,6 +50,7 @@ class Shared:
     hub: Hub
     intake: Intake
     limiter: Limiter
+    plain: PlainRoom
     metrics: ServerMetrics
     replica: str
     version: str
@@ -151,12 +153,17 @@ class Stream:
 
     async def _read(self) -> Event | None:
         """The next message, as the protocol understands it; None: the peer has closed its side."""
-        data = await self._context.read()
+        data = await self._read_bytes()
+        return None if data is None else self._protocol.receive(data)
+
+    async def _read_bytes(self) -> bytes | None:
+        data: Any = await self._context.read()
         if data is grpc.aio.EOF:
             return None
         self._shared.metrics.messages_up.inc()
         self._shared.metrics.bytes_up.inc(len(data))
-        return self._protocol.receive(data)
+        found: bytes = data
+        return found
 
     def refuse(self, refused: Refused) -> End:
         """Count and log a breach of the contract, as an End."""

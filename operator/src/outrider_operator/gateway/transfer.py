@@ -47,6 +47,9 @@ ABORT_SECONDS: Final = 5.0
 #: them, and nothing else does.
 GATHER_SECONDS: Final = 0.5
 GATHER_SHARE: Final = 0.5
+#: Where nothing of the stream is in flight any more they wait only so long, seconds: its agent may
+#: have no room for the next batch, if that is a large one.
+QUIET_SECONDS: Final = 0.05
 
 log = get_logger(__name__)
 
@@ -369,12 +372,16 @@ class AgentStream(Stream):
             or self._acked_batches >= GATHER_SHARE * STREAM_BATCHES
         ):
             self._wake()
+            return
+        loop = asyncio.get_running_loop()
+        seconds = GATHER_SECONDS if self._held_batches else QUIET_SECONDS
+        if loop.time() - self._sent_at >= seconds:
+            self._wake()
         elif self._gather is None:
-            loop = asyncio.get_running_loop()
-            if loop.time() - self._sent_at >= GATHER_SECONDS:
-                self._wake()
-            else:
-                self._gather = loop.call_later(GATHER_SECONDS, self._wake)
+            self._gather = loop.call_later(seconds, self._wake)
+        elif not self._held_batches and self._gather.when() > loop.time() + QUIET_SECONDS:
+            self._gather.cancel()
+            self._gather = loop.call_later(QUIET_SECONDS, self._wake)
 
     def _wake(self) -> None:
         """Have what waits sent, by a task that is there only as long as something waits."""

@@ -223,13 +223,13 @@ class Watches:
         )
 
     def _handler(self, kind: Kind) -> Callable[..., Awaitable[None]]:
-        async def handle(event: Mapping[str, Any], **_: Any) -> None:
-            body = event["object"]
-            if kind == "Node":
-                body = nodes.slim(body)
+        async def handle(event: dict[str, Any], **_: Any) -> None:
+            seen = event["object"]
+            body = nodes.slim(seen) if kind == "Node" else dict(seen)
             gone = event["type"] == "DELETED"
             change = Change(kind, gone, body)
             self._to_owner(lambda: self._hand_over(change))
+            _empty(seen)
 
         return handle
 
@@ -245,6 +245,19 @@ class Watches:
         if change.kind in CHECKED:
             self._seen[change.body["metadata"]["uid"]] = version_of(change.body)
         self._on_change(change)
+
+
+def _empty(seen: dict[str, Any]) -> None:
+    """Leave kopf of an object only what it looks at after the handler: its metadata.
+
+    It keeps each event in circles of references until the next full garbage collection, which for
+    thousands of agents and nodes is more than all that is known of them.
+    """
+    seen.pop("spec", None)
+    seen.pop("status", None)
+    # Made anew: the metadata is part of what was handed over.
+    kept = {key: value for key, value in seen["metadata"].items() if key != "managedFields"}
+    seen["metadata"] = kept
 
 
 def _quiet_kopf() -> None:

@@ -194,12 +194,13 @@ class FileSink:
         group = self._take_group()
         try:
             if group:
-                size = await self._write(group)
+                batches = [(origin, batch) for origin, batch, _, _ in group]
+                size = await self._watch(lambda: self._files.append(batches))
                 self._metrics.sink_bytes.inc(size)
             elif not self._state.ok:
-                await self._do(self._files.probe)
+                await self._watch(self._files.probe)
             else:
-                await self._do(self._files.tend)
+                await self._watch(self._files.tend)
         except OSError as error:
             self._failed(error)
             self._settle(group, SinkUnavailableError(self._state.reason))
@@ -221,15 +222,15 @@ class FileSink:
             self._wake.set()
         return group
 
-    async def _write(self, group: list[Waiting]) -> int:
-        batches = [(origin, batch) for origin, batch, _, _ in group]
-        writing = asyncio.ensure_future(self._do(lambda: self._files.append(batches)))
-        _, late = await asyncio.wait({writing}, timeout=SLOW_SECONDS)
+    async def _watch(self, work: Callable[[], Result]) -> Result:
+        """Have something done by the thread; what takes long makes the sink unready meanwhile."""
+        doing = asyncio.ensure_future(self._do(work))
+        _, late = await asyncio.wait({doing}, timeout=SLOW_SECONDS)
         if late:
             self._state.unwell(
                 f"the disk of {self._settings.directory!r} has not answered for {SLOW_SECONDS:g} s"
             )
-        return await writing
+        return await doing
 
     def _settle(self, group: list[Waiting], error: SinkUnavailableError | None) -> None:
         if not group:

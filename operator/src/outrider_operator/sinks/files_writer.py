@@ -76,11 +76,15 @@ class RotatedFiles:
         self.probe()
 
     def probe(self) -> None:
-        """See that the disk takes something.
+        """See that the disk takes something, without what is too old.
 
         Raises:
             OSError: it does not.
         """
+        if self._settings.max_age_seconds:
+            # On a full disk nothing else would look at the files, and this may make room.
+            self._rotate_if_due()
+            self._retain()
         self._check_room(PROBE_BYTES)
         path = self._directory / f".probe-{os.getpid()}"
         try:

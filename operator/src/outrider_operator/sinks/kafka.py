@@ -149,17 +149,21 @@ class KafkaSink:
         if failure is not None:
             raise failure
         topic = self._settings.dead_letters
-        key, headers, value = self._messages.dead_letter(
-            origin, batch, reason, self._connection.room(topic)
-        )
-        # Of no size: it is not counted as a batch that was stored.
-        sending = Sending(0, size, (topic,), self._ended)
-        self._begin(sending)
-        self._produce(topic, key, value, headers, sending)
-        try:
-            await sending
-        except SinkRejectedError as error:
-            raise SinkUnavailableError(str(error)) from error
+        room = self._connection.room(topic)
+        while True:
+            key, headers, value = self._messages.dead_letter(origin, batch, reason, room)
+            # Of no size: it is not counted as a batch that was stored.
+            sending = Sending(0, size, (topic,), self._ended)
+            self._begin(sending)
+            self._produce(topic, key, value, headers, sending)
+            try:
+                await sending
+                break
+            except SinkRejectedError as error:
+                # The broker takes less than it says: at last there is nothing but the headers.
+                if not value or sending.error is None or kind_of(sending.error) != "TooLarge":
+                    raise SinkUnavailableError(str(error)) from error
+            room = len(value) // 2
         self._metrics.sink_stores.labels("set_aside").inc()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -268,9 +272,18 @@ class KafkaSink:
 
     def _too_large(self, sending: Sending) -> SinkError:
         """A broker took less than the topic's limit that we know: it was changed, or is hidden."""
-        if self._producer is not None and self._doubted != self._connection.limits:
+        anew = self._producer is not None and self._doubted != self._connection.limits
+        if self._producer is not None and anew:
             self._doubted = self._connection.limits
             self._producer.give_up("LimitChanged")
+        if sending.errors < len(sending.topics):
+            # Not again as parts: where it is stored the records would be there twice, in batches
+            # that readers cannot tell to be the same.
+            return SinkRejectedError(
+                f"{sending.size} bytes are more than the topic {sending.refused_by!r} takes, other "
+                f"topics have the batch: raise its max.message.bytes to {MESSAGE_BYTES}"
+            )
+        if anew:
             return SinkUnavailableError("the topic's max.message.bytes is read again")
         return SinkRejectedError(
             f"{sending.size} bytes are more than the broker takes: raise the topic's "

@@ -44,6 +44,8 @@ class Sending:
         left: messages whose report is still to come; below 1: it is over.
         failure: why it cannot be stored, found before any broker was asked.
         error: what a broker or the library said of a message.
+        refused_by: the topic of the message with that error, where it is known.
+        errors: messages that were not stored.
     """
 
     __slots__ = (
@@ -53,8 +55,10 @@ class Sending:
         "_result",
         "cost",
         "error",
+        "errors",
         "failure",
         "left",
+        "refused_by",
         "size",
         "topics",
     )
@@ -72,15 +76,20 @@ class Sending:
         self.left = len(topics)
         self.failure: SinkError | None = None
         self.error: KafkaError | None = None
+        self.errors = 0
+        self.refused_by = ""
         self._done = False
         self._ended = ended
         self._call: Callable[[Sending], object] | None = None
         self._result: SinkError | None = None
 
-    def __call__(self, error: KafkaError | None, _message: Any) -> None:
+    def __call__(self, error: KafkaError | None, message: Any) -> None:
         """The report of one message."""
-        if error is not None and self.error is None:
-            self.error = error
+        if error is not None:
+            self.errors += 1
+            if self.error is None:
+                self.error = error
+                self.refused_by = message.topic() if message is not None else ""
         self.left -= 1
         if not self.left:
             self._ended(self)
