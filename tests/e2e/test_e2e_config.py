@@ -37,7 +37,7 @@ def _messages() -> list[Message]:
 def _fields(kind: int) -> dict[str, list[tuple[int, Mapping[str, str]]]]:
     """Time and fields of all records of a type in Kafka, by node, in order.
 
-    A batch that was not acknowledged before its agent ended comes again, by its number: once counts.
+    A batch that was not acknowledged before its agent ended comes again, and counts once.
     """
     found: dict[str, list[tuple[int, Mapping[str, str]]]] = {node: [] for node in NODES}
     for batch in records.first_seen(message.decoded for message in _messages()):
