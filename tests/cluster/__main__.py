@@ -20,6 +20,7 @@ from cluster import (
     lifecycle,
     machines,
     network,
+    plugins,
     status,
 )
 from cluster.errors import ClusterError, run_main
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("port", type=int)
     sub.add_argument("machine", type=machine_name)
     sub.add_argument("target", help="ADDRESS:PORT")
+    command("packages", "serve plug-ins to the nodes by https, unless that is done already")
     command("kubectl", "kubectl as administrator, with all that follows")
     return parser
 
@@ -167,6 +169,8 @@ def main() -> int:
             machines.spawn(arguments.machine, arguments.name, _words(arguments))
         case "forward":
             network.forward(arguments.port, arguments.machine, arguments.target)
+        case "packages":
+            plugins.start_server()
     return 0
 
 

@@ -1,13 +1,15 @@
 """The whole of Outrider at work: `make demo-cluster`.
 
 A three-node Kubernetes with Kafka and Prometheus, this project's images and chart, the example task
-of the README, what Kafka then holds and what Prometheus sees. Leaves everything running to be
-looked at; `make demo-down` takes it away. Shows only what it has read from the cluster.
+of the README, the example plug-in, what Kafka then holds and what Prometheus sees. Leaves
+everything running to be looked at; `make demo-down` takes it away. Shows only what it has read from
+the cluster.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -15,7 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from cluster import addons, api, fetch, images, lifecycle, paths, release
+import yaml
+from cluster import addons, api, configs, fetch, images, lifecycle, paths, plugins, release
 from cluster.errors import run_main
 from cluster.layout import KUBECONFIG
 from cluster.processes import wait_for
@@ -26,9 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLE = "examples/kernel-version.yaml"
+PLUGIN = "examples/plugins/filewatch"
+FILE_STATE = 6001
+"""Type of the example plug-in's records."""
+
 NODES = 3
 SERVERS = 2
 TASK_SECONDS = 120.0
+SOAK_SECONDS = 5
+"""How long the demo watches the canary: the example's minute is for those who do not look on."""
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -49,8 +58,12 @@ def _start(steps: Steps) -> None:
         addons.start_kafka()
     with steps.step("Prometheus"):
         addons.start_prometheus()
+    with steps.step("an https server for plug-ins"):
+        plugins.start_server()
     with steps.step("helm install outrider charts/outrider"):
-        release.install(release.values(built, kafka=True))
+        chosen = release.values(built, kafka=True)
+        chosen["agent"]["plugins"] = {"caConfigMap": plugins.CA_CONFIG_MAP}
+        release.install(chosen)
 
 
 def _agents_ready() -> bool:
@@ -97,6 +110,53 @@ def _run_example() -> None:
     _table("Each node's result", ("NODE", "PHASE", "EXIT CODE", "OUTPUT"), sorted(rows))
 
 
+def _run_plugin() -> None:
+    """Apply the example of a plug-in and show how it reaches the nodes, then its records."""
+    manifest = yaml.safe_load((paths.ROOT / PLUGIN / "agentconfig.yaml").read_text())
+    name, spec = manifest["metadata"]["name"], manifest["spec"]
+    (plugin,) = spec["plugins"]
+    package = plugins.pack(plugin["name"], paths.ROOT / PLUGIN / "filewatch")
+    plugin |= plugins.publish(plugin["name"], plugin["version"], package)
+    spec["rollout"]["canary"]["soakSeconds"] = SOAK_SECONDS
+    print(f"$ kubectl apply -f {PLUGIN}/agentconfig.yaml   # with the package's address and sha256")
+    print(api.kubectl("apply", "-f", "-", stdin=json.dumps(manifest)), end="")
+    shown = ""
+
+    def settled() -> bool:
+        nonlocal shown
+        status = configs.status(name)
+        rollout = status.get("rollout", {})
+        counts = {key: n for key, n in status.get("counts", {}).items() if n}
+        line = ", ".join(f"{key} {n}" for key, n in counts.items())
+        if (line := f"{rollout.get('phase', '')}: {line}") != shown:
+            shown = line
+            print(f"  {line}")
+        return bool(status.get("observedGeneration") and rollout.get("phase") == "Settled")
+
+    wait_for("the plug-in on all nodes", settled, TASK_SECONDS, 0.2)
+    print()
+    rows: list[tuple[str, str, str, str]] = []
+
+    def arrived() -> bool:
+        rows[:] = sorted(set(_plugin_records()))
+        return len({node for node, *_ in rows}) >= NODES
+
+    wait_for("records of the plug-in in Kafka", arrived, 90, 1.0)
+    _table("Records of the plug-in in Kafka", ("NODE", "EVENT", "FILE", "SHA-256"), rows)
+
+
+def _plugin_records() -> list[tuple[str, str, str, str]]:
+    """Node, event, path and the hash's beginning of each record of the example plug-in."""
+    found = []
+    for message in asyncio.run(read_topic(addons.KAFKA_HERE)):
+        for record in message.decoded.records:
+            if record.data_type == FILE_STATE:
+                fields = records.fields_of(record)
+                short = fields.get("sha256", "")[:12]
+                found.append((message.decoded.node, fields["event"], fields["path"], short))
+    return found
+
+
 def _show_records() -> None:
     """How many records of each type Kafka holds, and of how many nodes."""
     counts: Counter[int] = Counter()
@@ -139,6 +199,7 @@ def main() -> None:
     with steps.step("agents connected"):
         wait_for("all agents Ready", _agents_ready, 90, 0.3)
     _run_example()
+    _run_plugin()
     with steps.step("first records in Kafka"):
         wait_for("records", lambda: asyncio.run(read_topic(addons.KAFKA_HERE)), 90, 1.0)
     _show_records()
@@ -150,7 +211,8 @@ It took {time.monotonic() - began:.0f} s, and is yours to try:
   export KUBECONFIG={KUBECONFIG}
   export PATH="$PATH:{kubectl}"
   kubectl get agents
-  kubectl get agenttasks,agenttaskreports
+  kubectl get agenttasks,agenttaskreports,agentconfigs
+  kubectl apply -f examples/plugins/filewatch/task.yaml   # asks the plug-in on every node
   kubectl apply -f examples/disk-usage.yaml
   kubectl -n outrider logs deployment/outrider-server
   curl 'http://127.0.0.1:{addons.PROMETHEUS_PORT}/api/v1/query?query=up'

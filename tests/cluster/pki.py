@@ -59,6 +59,7 @@ def make(nodes: int) -> None:
         ("proxy", "/CN=system:kube-proxy", ()),
         ("coredns", "/CN=coredns", ()),
         ("prometheus", "/CN=prometheus", ()),
+        ("packages", "/CN=packages", (f"IP:{CONTROL_PLANE}",)),
     ]
     for index in range(1, nodes + 1):
         name = f"node{index}"

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster import api, paths, toolchain
 from cluster.addons import KAFKA_FOR_PODS
@@ -22,14 +23,14 @@ WORKLOADS = ("deployment/outrider-server", "daemonset/outrider-agent")
 READY_SECONDS = 180
 
 
-def values(images: Mapping[str, str], *, kafka: bool) -> dict[str, object]:
+def values(images: Mapping[str, str], *, kafka: bool) -> dict[str, Any]:
     """The chart's values for this cluster.
 
     Args:
         images: each image's tag with its unique name, as `images.build` returns them.
         kafka: whether records go to the cluster's Kafka, instead of files.
     """
-    chosen: dict[str, object] = {"image": {"pullPolicy": "Never"}}
+    chosen: dict[str, Any] = {"image": {"pullPolicy": "Never"}}
     for component in ("server", "agent"):
         unique = next(name for name in images.values() if f"outrider-{component}:" in name)
         repository, _, tag = unique.rpartition(":")

@@ -7,11 +7,13 @@ the next session upgrades the release in it, which makes trying a change a matte
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
-from cluster import command, fetch, images, lifecycle, paths, release, tasks
+from cluster import command, fetch, images, lifecycle, paths, plugins, release, tasks
 from cluster.errors import ClusterError
 from cluster.layout import KUBECONFIG
 from cluster.progress import Steps
@@ -63,15 +65,24 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def chart_values(cluster: None) -> dict[str, object]:
-    """The chart's values: the images of this source tree, records into Kafka."""
-    return release.values(_built, kafka=True)
+def chart_values(cluster: None) -> dict[str, Any]:
+    """The chart's values: the images of this source tree, records into Kafka, and plug-ins.
+
+    Plug-ins count as well soon, and agents come back soon when servers do: both save time only.
+    """
+    command.must("packages")
+    values = release.values(_built, kafka=True)
+    values["agent"] |= {
+        "plugins": {"caConfigMap": plugins.CA_CONFIG_MAP},
+        "settings": {"plugins": {"healthySeconds": 2}, "server": {"backoffCapSeconds": 3}},
+    }
+    return values
 
 
 class Release:
     """The release in the cluster, and the settings that it was last upgraded to."""
 
-    def __init__(self, values: dict[str, object]) -> None:
+    def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
         self._settings: tuple[str, ...] | None = None
 
@@ -84,9 +95,15 @@ class Release:
         release.await_rollout()
         tasks.eventually("three agents Ready", lambda: tasks.ready_agents() == [*NODES], 120)
 
+    def renew_agents(self) -> None:
+        """Upgrade to new Pods of agents, for good: the next test need not go back."""
+        self._values["agent"]["podAnnotations"] = {"renewed": f"at-{time.time():.0f}"}
+        settings, self._settings = self._settings or (), None
+        self.upgrade(*settings)
+
 
 @pytest.fixture(scope="session")
-def _installed(chart_values: dict[str, object]) -> Release:
+def _installed(chart_values: dict[str, Any]) -> Release:
     made = Release(chart_values)
     made.upgrade()
     return made

@@ -50,6 +50,12 @@ VALUES: dict[str, list[str]] = {
     "users": ["agent.allowedUsers={nobody,app}"],
     "full access": ["agent.hostAccess=full", "agent.hostNetwork=true"],
     "host mounts": ["agent.hostMounts=true"],
+    "plug-ins": [
+        "agent.plugins.caConfigMap=packages",
+        "agent.plugins.publicKeys.release=MCowBQYDK2VwAyEA",
+        "agent.plugins.publicKeys.other=MCowBQYDK2VwAyEB",
+        "agent.settings.plugins.requireSignature=true",
+    ],
     "own secret": ["tls.existingSecret=mine"],
     "own secret and CA": ["tls.existingSecret=mine", "tls.caConfigMap=ours"],
     "no annotations": ["metrics.annotations=false"],
@@ -397,6 +403,19 @@ def test_what_tasks_may_is_what_the_pod_can(helm: Helm, tmp_path: Path) -> None:
     added = ["SETUID", "SETGID", "KILL", "SYS_PTRACE"]
     assert context["capabilities"] == {"drop": ["ALL"], "add": added}
     assert context["privileged"] is False
+
+
+def test_agents_find_what_packages_of_plugins_are_checked_with(helm: Helm, tmp_path: Path) -> None:
+    plain = agent_settings(helm.template([]), tmp_path).plugins
+    assert (plain.ca_file, plain.public_keys) == ("", ())
+    objects = helm.template(VALUES["plug-ins"])
+    found = agent_settings(objects, tmp_path).plugins
+    assert found.require_signature
+    assert found.ca_file in mounted_files(pod_of(objects, "DaemonSet", AGENT))
+    # Files of the ConfigMap that is mounted whole.
+    held = {f"/etc/outrider/{name}" for name in objects["ConfigMap", AGENT]["data"]}
+    assert set(found.public_keys) == held - {"/etc/outrider/agent.yaml"}
+    assert len(found.public_keys) == 2
 
 
 def test_full_access_is_asked_for(helm: Helm) -> None:

@@ -234,6 +234,20 @@ generated
 {{- $kinds := ternary (list "modules" "ports") (list "modules") .Values.agent.hostNetwork }}
 {{- $_ := set $settings "collectors" (dict "nodeMetrics" (dict "collectors" $seen) "inventory" (dict "kinds" $kinds)) }}
 {{- end }}
+{{- $plugins := dict }}
+{{- with .Values.agent.plugins.caConfigMap }}
+{{- $_ := set $plugins "caFile" "/etc/outrider/plugins/ca.crt" }}
+{{- end }}
+{{- with .Values.agent.plugins.publicKeys }}
+{{- $files := list }}
+{{- range $name := keys . | sortAlpha }}
+{{- $files = append $files (printf "/etc/outrider/plugin-key-%s" $name) }}
+{{- end }}
+{{- $_ := set $plugins "publicKeys" $files }}
+{{- end }}
+{{- if $plugins }}
+{{- $_ := set $settings "plugins" $plugins }}
+{{- end }}
 {{- mergeOverwrite $settings (deepCopy .Values.agent.settings) | toYaml -}}
 {{- end -}}
 

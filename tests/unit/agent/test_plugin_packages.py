@@ -180,7 +180,43 @@ def unpacked(tmp_path: Path, content: bytes, most: int = 10_000_000) -> Path:
     return unpack(package, "tar.gz", "bin/fim", tmp_path / "in" / "folder", most)
 
 
-def test_a_package_with_links_inside_is_unpacked(tmp_path: Path) -> None:
+@pytest.fixture(params=["filter", "no filter"])
+def tarfile_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module with its filters, and as it was before it had any."""
+    if request.param == "filter":
+        return
+    extract = tarfile.TarFile.extract
+
+    def without(self: Any, member: Any, path: Any = "", set_attrs: bool = True) -> None:
+        self.extraction_filter = staticmethod(lambda member, path: member)
+        extract(self, member, path, set_attrs)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", without)
+
+
+def test_a_name_that_goes_up_through_a_link_stays_inside(tmp_path: Path, tarfile_of: None) -> None:
+    here = member("here", type=tarfile.SYMTYPE, linkname=".")
+    unpacked(tmp_path, packed(here, member("here/../stray", b"x"), GOOD))
+    assert (tmp_path / "in" / "folder" / "stray").read_bytes() == b"x"
+    assert not (tmp_path / "in" / "stray").exists()
+
+
+def test_modes_of_a_package_are_our_own(tmp_path: Path, tarfile_of: None) -> None:
+    executable = unpacked(
+        tmp_path,
+        packed(
+            member("bin", type=tarfile.DIRTYPE, mode=0o777),
+            member("bin/fim", b"#!/bin/sh\n", mode=0o6777, uid=12345),
+            member("bin/data", b"x", mode=0o666),
+        ),
+    )
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (executable, *executable.parents[:1])}
+    assert modes == {"fim": 0o755, "bin": 0o755}
+    assert stat.S_IMODE((executable.parent / "data").stat().st_mode) == 0o644
+    assert executable.stat().st_uid == os.geteuid()
+
+
+def test_a_package_with_links_inside_is_unpacked(tmp_path: Path, tarfile_of: None) -> None:
     executable = unpacked(
         tmp_path,
         packed(
@@ -210,6 +246,20 @@ def test_a_package_with_links_inside_is_unpacked(tmp_path: Path) -> None:
         ([member("h", type=tarfile.LNKTYPE, linkname="/etc/passwd")], "leads out"),
         (
             [
+                member("here", type=tarfile.SYMTYPE, linkname="."),
+                member("l", type=tarfile.SYMTYPE, linkname="here/../x"),
+            ],
+            "leads out",
+        ),
+        (
+            [
+                member("here", type=tarfile.SYMTYPE, linkname="."),
+                member("h", type=tarfile.LNKTYPE, linkname="here/package"),
+            ],
+            "hard link to a link",
+        ),
+        (
+            [
                 member("d", type=tarfile.DIRTYPE),
                 member("l", type=tarfile.SYMTYPE, linkname="d"),
                 member("l/evil", b"x"),
@@ -228,7 +278,9 @@ def test_a_package_with_links_inside_is_unpacked(tmp_path: Path) -> None:
         ([member("bin/fim", type=tarfile.SYMTYPE, linkname="../x"), member("x")], "holds no file"),
     ],
 )
-def test_what_would_leave_the_folder_is_refused(tmp_path: Path, members: Any, text: str) -> None:
+def test_what_would_leave_the_folder_is_refused(
+    tmp_path: Path, tarfile_of: None, members: Any, text: str
+) -> None:
     extra = [] if "holds no file" in text else [GOOD]
     with pytest.raises(UnpackError, match=text):
         unpacked(tmp_path, packed(*members, *extra))

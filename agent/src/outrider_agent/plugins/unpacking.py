@@ -1,10 +1,12 @@
 """Unpacks a plug-in's package into a folder, and lets nothing out of it.
 
-On top of tarfile's data filter, which refuses devices, absolute paths and links that lead out,
-nothing is written through a link, and members, bytes and headers are bounded: an archive can claim
-anything. Runs in a process of its own, see `preparing`.
+Devices, absolute paths and links that lead out are refused, nothing is written through a link, and
+members, bytes and headers are bounded: an archive can claim anything. tarfile's own filter would do
+a part of it, where there is one: the Python of Debian 12 has none. Runs in a process of its own,
+see `preparing`.
 """
 
+import copy
 import gzip
 import posixpath
 import shutil
@@ -74,6 +76,8 @@ def unpack(package: Path, kind: str, name: str, folder: Path, max_bytes: int) ->
         return executable
     try:
         with _Bounded(package, max_bytes) as packed, tarfile.open(fileobj=packed, mode="r:") as tar:
+            # Used where it is there, and not asked for where it is not.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
             _extract(tar, folder, max_bytes)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnpackError(f"it is no tar.gz that may be unpacked: {error}") from None
@@ -108,16 +112,32 @@ def _extract(tar: tarfile.TarFile, folder: Path, max_bytes: int) -> None:
             links.add(path)
         elif member.islnk():
             _check_link(member, member.linkname)
-            if posixpath.normpath(member.linkname) in links:
+            target = posixpath.normpath(member.linkname)
+            if target in links or any(parent in links for parent in _parents(target)):
                 raise UnpackError(f"its member {member.name!r} is a hard link to a link")
-        tar.extract(member, folder, filter="data")
-        if not member.issym():
-            place = folder / path
-            place.chmod(stat.S_IMODE(place.stat().st_mode) | (0o555 if member.isdir() else 0o444))
+        _extract_one(tar, member, path, folder)
+
+
+def _extract_one(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str, folder: Path) -> None:
+    """Write a member that was checked, by the name that was checked, with modes of our own."""
+    checked = copy.copy(member)
+    checked.name = path
+    if member.islnk():
+        checked.linkname = posixpath.normpath(member.linkname)
+    tar.extract(checked, folder, set_attrs=False)
+    if member.isdir():
+        (folder / path).chmod(0o755)
+    elif member.isreg():
+        (folder / path).chmod(0o755 if member.mode & stat.S_IXUSR else 0o644)
 
 
 def _check_link(member: tarfile.TarInfo, target: str) -> None:
-    if member.linkname.startswith("/") or posixpath.normpath(target).startswith(("/", "..")):
+    parts = [part for part in member.linkname.split("/") if part not in ("", ".")]
+    while member.issym() and parts and parts[0] == "..":
+        del parts[0]
+    # Further ones would go up from where another link leads, and that can be anywhere.
+    outside = ".." in parts or posixpath.normpath(target).startswith(("/", ".."))
+    if member.linkname.startswith("/") or outside:
         raise UnpackError(f"its member {member.name!r} is a link that leads out of it")
 
 
