@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +126,7 @@ class Plugins:
         self._cleaned = False
         self._ending = False
         self._told: list[bytes] = []
+        self._left: list[str] = []
 
     # What the configuration asks for.
 
@@ -179,8 +180,17 @@ class Plugins:
             for name in sorted({*old, *(n for n in wanted if n not in self._runners)}):
                 group.create_task(self._replace_one(old.get(name), wanted.get(name)))
         await asyncio.to_thread(self._packages.forget, self._used())
-        await asyncio.to_thread(places.keep_only, self._options.directory, set(self._runners))
+        await self._keep_only()
         self._changed()
+
+    async def _keep_only(self) -> None:
+        """Remove the folders of plug-ins that are gone; what stays is tried again at each look."""
+        left = await asyncio.to_thread(
+            places.keep_only, self._options.directory, set(self._runners)
+        )
+        if left and left != self._left:
+            log.warning("folders of plug-ins that are gone stay for now", problems=left)
+        self._left = left
 
     def _used(self) -> list[Package]:
         return [runner.package for runner in self._runners.values()]
@@ -280,8 +290,9 @@ class Plugins:
                 if time.monotonic() >= heartbeat:
                     heartbeat += self._options.settings.heartbeat_seconds
                     runners = list(self._runners.values())
-                    for record in await asyncio.to_thread(self._watch.heartbeats, runners):
-                        self._sink.submit(record, RecordClass.TELEMETRY)
+                    with self._guarded(runners):
+                        for record in await asyncio.to_thread(self._watch.heartbeats, runners):
+                            self._sink.submit(record, RecordClass.TELEMETRY)
                 with contextlib.suppress(TimeoutError):
                     seconds = min(seconds, max(0.0, heartbeat - time.monotonic()))
                     async with asyncio.timeout(seconds):
@@ -293,12 +304,25 @@ class Plugins:
         """Look at what they use; seconds until the next look."""
         runners = list(self._runners.values())
         if any(runner.instance for runner in runners):
-            uses = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._watch.look_up, runners
-            )
-            self._watch.judge(runners, await uses)
+            with self._guarded(runners):
+                uses = asyncio.get_running_loop().run_in_executor(
+                    self._threads, self._watch.look_up, runners
+                )
+                self._watch.judge(runners, await uses)
+        if self._left and not self._one.locked():
+            async with self._one:
+                await self._keep_only()
         close = any(runner.needs_looks for runner in runners)
         return CLOSE_SECONDS if close else CALM_SECONDS
+
+    @contextlib.contextmanager
+    def _guarded(self, runners: Sequence[Runner]) -> Iterator[None]:
+        """Around a look at them: what it raises is told, and the next one comes."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - plug-ins must not end the agent
+            for runner in runners:
+                self._watch.fault(runner.plugin.name, error)
 
     async def _end(self) -> None:
         async with self._one:
