@@ -127,6 +127,9 @@ class Plugins:
         self._ending = False
         self._told: list[bytes] = []
         self._left: list[str] = []
+        #: A preparation under way; and the last switch, which goes on when its caller does not.
+        self._having: asyncio.Future[Mapping[str, Package]] | None = None
+        self._switching: asyncio.Future[None] | None = None
 
     # What the configuration asks for.
 
@@ -151,11 +154,29 @@ class Plugins:
             self._changed()
             try:
                 running = [r.plugin.source.sha256 for r in self._runners.values()]
-                found = await self._packages.have(wanted, running)
+                found = await self._have(wanted, running)
             finally:
                 self._fetching = {}
                 self._changed()
         return Prepared(tuple(Ready(p, found[p.name], users[p.name]) for p in wanted))
+
+    async def _have(
+        self, wanted: Sequence[Plugin], running: Sequence[str]
+    ) -> Mapping[str, Package]:
+        """The packages, unless the agent stops meanwhile: nobody waits for a download then."""
+        stopping = PluginError(wanted[0].name, "Stopping", "the agent stops; it begins anew later")
+        if self._ending:
+            raise stopping
+        self._having = asyncio.ensure_future(self._packages.have(wanted, running))
+        try:
+            return await self._having
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # not we: it was, by `_end`
+                raise stopping from None
+            raise
+        finally:
+            self._having = None
 
     async def switch(self, prepared: Prepared) -> None:
         """Have exactly these run from now on; an old process ends before its new one begins.
@@ -163,17 +184,27 @@ class Plugins:
         What a plug-in wrote before it ended is read to its end. Never raises for a plug-in that
         cannot start: its state says so.
         """
-        async with self._one:
-            if self._ending:
-                return
-            wanted = {ready.plugin.name: ready for ready in prepared.plugins}
-            old = {
-                name: runner
-                for name, runner in self._runners.items()
-                if name not in wanted or wanted[name].plugin != runner.plugin
-            }
-            # To the end though the caller may be cancelled: else some would run twice.
-            await asyncio.shield(self._replace(old, wanted))
+        await self._one.acquire()
+        # To the end, and alone, though the caller may be cancelled: else some would run twice.
+        self._switching = asyncio.ensure_future(self._switch(prepared))
+        self._switching.add_done_callback(self._switched)
+        await asyncio.shield(self._switching)
+
+    async def _switch(self, prepared: Prepared) -> None:
+        if self._ending:
+            return
+        wanted = {ready.plugin.name: ready for ready in prepared.plugins}
+        old = {
+            name: runner
+            for name, runner in self._runners.items()
+            if name not in wanted or wanted[name].plugin != runner.plugin
+        }
+        await self._replace(old, wanted)
+
+    def _switched(self, switching: "asyncio.Future[None]") -> None:
+        self._one.release()
+        if not switching.cancelled() and (error := switching.exception()) is not None:
+            log.error("plug-ins are not as they should be", exc_info=error)
 
     async def _replace(self, old: Mapping[str, Runner], wanted: Mapping[str, Ready]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -325,8 +356,10 @@ class Plugins:
                 self._watch.fault(runner.plugin.name, error)
 
     async def _end(self) -> None:
+        self._ending = True
+        if self._having is not None:
+            self._having.cancel()
         async with self._one:
-            self._ending = True
             runners = list(self._runners.values())
             await asyncio.gather(*(runner.end() for runner in runners))
         if self._lingering:
