@@ -54,6 +54,8 @@ from outrider_agent.uplink.uplink import Uplink
 
 #: Threads for programs: starting and ending them blocks, for moments.
 RUN_THREADS = 4
+#: At the end, for plug-ins to end, besides their time between TERM and KILL, seconds.
+PLUGINS_SECONDS = 15.0
 #: At the end, for what is still to be sent and stored, seconds.
 SETTLE_SECONDS = 2.0
 FINISH_SECONDS = 5.0
@@ -257,10 +259,21 @@ class _Agent:
             await self.supervisor.drain(self.settings.tasks.drain_seconds)
             # After the runs, which may wait for them; before the recorder: they write to the last.
             stop_plugins.set()
-            await asyncio.wait({plugins})
+            await self._end_plugins(plugins)
             await self._end(recorder)
             for task in rest:
                 task.cancel()
+
+    async def _end_plugins(self, plugins: asyncio.Task[None]) -> None:
+        """Wait until they have ended, though not for ever: what they wrote is to be stored."""
+        seconds = self.settings.plugins.termination_grace_seconds + PLUGINS_SECONDS
+        await asyncio.wait({plugins}, timeout=seconds)
+        if not plugins.done():
+            logs.get_logger("outrider.agent").error(
+                "plug-ins have not ended in time; the next agent on this node ends what is left",
+                seconds=seconds,
+            )
+            plugins.cancel()
 
     async def _end(self, recorder: asyncio.Task[None]) -> None:
         """What is left when nothing makes records any more: they go to the disk and the server."""

@@ -282,7 +282,8 @@ class AgentMetrics:
         self.plugin_bytes = counter("bytes_total", "Bytes of records taken from it.")
         self.plugin_faults = counter(
             "faults_total",
-            "What it did wrong (framing, record, reserved_type, torn, memory, cpu).",
+            "What it did wrong (framing, record, reserved_type, torn, memory, cpu); "
+            "look: the agent could not look at it.",
             "kind",
         )
         self.plugin_throttled = counter(

@@ -26,13 +26,20 @@ class Machine(RuleBasedStateMachine):
         self.standing = Standing()
         self.asked: str | None = None  # the last, while it was not begun
         self.trying: str | None = None
+        self.giving_up = False  # another one came for what is tried, whatever came after it
         self.in_force = ""
 
     @rule(name=HASHES)
     def ask(self, name: str) -> None:
         self.standing.ask(config(name))
         self.asked = None if name == self.trying else name
+        self.giving_up |= self.trying is not None and self.asked is not None
         assert self.standing.superseded == (self.trying is not None and self.asked is not None)
+
+    @precondition(lambda self: self.trying is not None)
+    @rule()
+    def ask_again(self) -> None:
+        self.ask(str(self.trying))
 
     @rule()
     def begin(self) -> None:
@@ -48,7 +55,7 @@ class Machine(RuleBasedStateMachine):
             return
         # What failed before is tried again when it is asked for again.
         assert begun == config(wanted)
-        self.trying = wanted
+        self.trying, self.giving_up = wanted, False
         assert self.standing.report().phase == pb.CONFIG_PHASE_APPLYING
 
     @precondition(lambda self: self.trying is not None)
@@ -69,10 +76,12 @@ class Machine(RuleBasedStateMachine):
         assert report.message == "no room"
         self.trying = None
 
-    @precondition(lambda self: self.standing.superseded)
+    @precondition(lambda self: self.trying is not None and self.giving_up)
     @rule()
     def drop(self) -> None:
+        # It takes its time: it may have been asked for again meanwhile.
         self.standing.dropped()
+        self.asked = self.asked or self.trying
         self.trying = None
 
     @rule(drift=st.lists(st.sampled_from(["x", "y"]), max_size=2))

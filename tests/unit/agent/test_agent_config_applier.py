@@ -163,6 +163,20 @@ async def test_a_newer_one_does_not_wait_for_one_that_is_still_prepared(tmp_path
         assert value(bench.registry, name, result="superseded") == 1
 
 
+async def test_one_asked_for_again_while_it_is_given_up_is_begun_again(tmp_path: Path) -> None:
+    async with applying(tmp_path) as bench:
+        await bench.until(lambda: bench.journal[-1:] == ["three.finish None"])
+        bench.parts[1].go_on.clear()
+        bench.applier.ask(DEBUG)
+        await bench.until(lambda: "two.prepare debug" in bench.journal)
+        bench.applier.ask(INFO)
+        bench.applier.ask(DEBUG)
+        bench.parts[1].go_on.set()
+        await bench.stands(DEBUG, "APPLIED")
+        assert bench.values == ["debug"] * 3
+        assert not [line for line in bench.journal if "info" in line]
+
+
 async def test_one_that_hangs_fails_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

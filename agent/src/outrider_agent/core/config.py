@@ -116,10 +116,14 @@ class Standing:
         self._settle(self.tried, pb.CONFIG_PHASE_FAILED, message)
 
     def dropped(self) -> None:
-        """It was given up for another one before anything of it was in force."""
+        """It was given up for another one before anything of it was in force.
+
+        To give it up takes time: where it was asked for again meanwhile, it is begun again.
+        """
         assert self._trying is not None
-        assert self._waiting is not None
-        self._trying = None
+        given_up, self._trying = self._trying, None
+        if self._waiting is None:
+            self._waiting = given_up
 
     def _settle(self, tried: str, phase: pb.ConfigPhase.ValueType, message: str) -> None:
         self.tried, self.phase, self.message = tried[:HASH_LENGTH], phase, bounded(message)

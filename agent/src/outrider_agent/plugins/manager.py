@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +126,10 @@ class Plugins:
         self._cleaned = False
         self._ending = False
         self._told: list[bytes] = []
+        self._left: list[str] = []
+        #: A preparation under way; and the last switch, which goes on when its caller does not.
+        self._having: asyncio.Future[Mapping[str, Package]] | None = None
+        self._switching: asyncio.Future[None] | None = None
 
     # What the configuration asks for.
 
@@ -150,11 +154,29 @@ class Plugins:
             self._changed()
             try:
                 running = [r.plugin.source.sha256 for r in self._runners.values()]
-                found = await self._packages.have(wanted, running)
+                found = await self._have(wanted, running)
             finally:
                 self._fetching = {}
                 self._changed()
         return Prepared(tuple(Ready(p, found[p.name], users[p.name]) for p in wanted))
+
+    async def _have(
+        self, wanted: Sequence[Plugin], running: Sequence[str]
+    ) -> Mapping[str, Package]:
+        """The packages, unless the agent stops meanwhile: nobody waits for a download then."""
+        stopping = PluginError(wanted[0].name, "Stopping", "the agent stops; it begins anew later")
+        if self._ending:
+            raise stopping
+        self._having = asyncio.ensure_future(self._packages.have(wanted, running))
+        try:
+            return await self._having
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # not we: it was, by `_end`
+                raise stopping from None
+            raise
+        finally:
+            self._having = None
 
     async def switch(self, prepared: Prepared) -> None:
         """Have exactly these run from now on; an old process ends before its new one begins.
@@ -162,25 +184,44 @@ class Plugins:
         What a plug-in wrote before it ended is read to its end. Never raises for a plug-in that
         cannot start: its state says so.
         """
-        async with self._one:
-            if self._ending:
-                return
-            wanted = {ready.plugin.name: ready for ready in prepared.plugins}
-            old = {
-                name: runner
-                for name, runner in self._runners.items()
-                if name not in wanted or wanted[name].plugin != runner.plugin
-            }
-            # To the end though the caller may be cancelled: else some would run twice.
-            await asyncio.shield(self._replace(old, wanted))
+        await self._one.acquire()
+        # To the end, and alone, though the caller may be cancelled: else some would run twice.
+        self._switching = asyncio.ensure_future(self._switch(prepared))
+        self._switching.add_done_callback(self._switched)
+        await asyncio.shield(self._switching)
+
+    async def _switch(self, prepared: Prepared) -> None:
+        if self._ending:
+            return
+        wanted = {ready.plugin.name: ready for ready in prepared.plugins}
+        old = {
+            name: runner
+            for name, runner in self._runners.items()
+            if name not in wanted or wanted[name].plugin != runner.plugin
+        }
+        await self._replace(old, wanted)
+
+    def _switched(self, switching: "asyncio.Future[None]") -> None:
+        self._one.release()
+        if not switching.cancelled() and (error := switching.exception()) is not None:
+            log.error("plug-ins are not as they should be", exc_info=error)
 
     async def _replace(self, old: Mapping[str, Runner], wanted: Mapping[str, Ready]) -> None:
         async with asyncio.TaskGroup() as group:
             for name in sorted({*old, *(n for n in wanted if n not in self._runners)}):
                 group.create_task(self._replace_one(old.get(name), wanted.get(name)))
         await asyncio.to_thread(self._packages.forget, self._used())
-        await asyncio.to_thread(places.keep_only, self._options.directory, set(self._runners))
+        await self._keep_only()
         self._changed()
+
+    async def _keep_only(self) -> None:
+        """Remove the folders of plug-ins that are gone; what stays is tried again at each look."""
+        left = await asyncio.to_thread(
+            places.keep_only, self._options.directory, set(self._runners)
+        )
+        if left and left != self._left:
+            log.warning("folders of plug-ins that are gone stay for now", problems=left)
+        self._left = left
 
     def _used(self) -> list[Package]:
         return [runner.package for runner in self._runners.values()]
@@ -280,8 +321,9 @@ class Plugins:
                 if time.monotonic() >= heartbeat:
                     heartbeat += self._options.settings.heartbeat_seconds
                     runners = list(self._runners.values())
-                    for record in await asyncio.to_thread(self._watch.heartbeats, runners):
-                        self._sink.submit(record, RecordClass.TELEMETRY)
+                    with self._guarded(runners):
+                        for record in await asyncio.to_thread(self._watch.heartbeats, runners):
+                            self._sink.submit(record, RecordClass.TELEMETRY)
                 with contextlib.suppress(TimeoutError):
                     seconds = min(seconds, max(0.0, heartbeat - time.monotonic()))
                     async with asyncio.timeout(seconds):
@@ -293,16 +335,31 @@ class Plugins:
         """Look at what they use; seconds until the next look."""
         runners = list(self._runners.values())
         if any(runner.instance for runner in runners):
-            uses = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._watch.look_up, runners
-            )
-            self._watch.judge(runners, await uses)
+            with self._guarded(runners):
+                uses = asyncio.get_running_loop().run_in_executor(
+                    self._threads, self._watch.look_up, runners
+                )
+                self._watch.judge(runners, await uses)
+        if self._left and not self._one.locked():
+            async with self._one:
+                await self._keep_only()
         close = any(runner.needs_looks for runner in runners)
         return CLOSE_SECONDS if close else CALM_SECONDS
 
+    @contextlib.contextmanager
+    def _guarded(self, runners: Sequence[Runner]) -> Iterator[None]:
+        """Around a look at them: what it raises is told, and the next one comes."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - plug-ins must not end the agent
+            for runner in runners:
+                self._watch.fault(runner.plugin.name, error)
+
     async def _end(self) -> None:
+        self._ending = True
+        if self._having is not None:
+            self._having.cancel()
         async with self._one:
-            self._ending = True
             runners = list(self._runners.values())
             await asyncio.gather(*(runner.end() for runner in runners))
         if self._lingering:

@@ -6,7 +6,6 @@ Blocks, for moments.
 import contextlib
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Collection
 from pathlib import Path
@@ -19,10 +18,13 @@ from outrider_agent.core.accounts import Account
 from outrider_agent.core.plugins import PluginError
 from outrider_agent.plugins.fetched import sha256_of
 from outrider_agent.plugins.packages import Package
+from outrider_agent.plugins.removing import remove
 from outrider_agent.tasks import lookup, processes
 from outrider_agent.tasks.placing import DEFAULT_PATH
 
 _MARKED: Final = "plugin/"
+#: Most folders that cannot be removed that are told.
+MOST_PROBLEMS: Final = 16
 
 
 def account_of(plugin: Plugin, own: tuple[str, ...], directory: Path) -> Account | None:
@@ -130,12 +132,25 @@ def work_directory(root: Path, name: str, account: Account | None, package: Pack
     return directory
 
 
-def keep_only(root: Path, names: Collection[str]) -> None:
-    """Remove the working directories of all other plug-ins, also of those an earlier agent had."""
-    with contextlib.suppress(FileNotFoundError):
-        for folder in (root / "work").iterdir():
-            if folder.name not in names:
-                shutil.rmtree(folder, ignore_errors=True)
+def keep_only(root: Path, names: Collection[str]) -> list[str]:
+    """Remove the working directories of all other plug-ins, also of those an earlier agent had.
+
+    Returns:
+        What could not be removed (yet) and why, as sentences; to be tried again later.
+    """
+    problems = []
+    try:
+        others = sorted(path for path in (root / "work").iterdir() if path.name not in names)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"{root / 'work'}: {error.strerror}"]
+    for folder in others:
+        try:
+            remove(folder)
+        except OSError as error:
+            problems.append(f"{folder} cannot be removed: {error.strerror}")
+    return problems[:MOST_PROBLEMS]
 
 
 def intact(package: Package) -> bool:

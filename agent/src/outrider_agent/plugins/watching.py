@@ -9,6 +9,7 @@ from typing import Final
 
 from outrider_proto import records
 from outrider_proto.v1 import agent_pb2 as pb
+from outrider_runtime.logs import get_logger
 
 from outrider_agent.core.traffic import Rates
 from outrider_agent.metrics import AgentMetrics
@@ -17,12 +18,16 @@ from outrider_agent.plugins.runner import Runner
 from outrider_agent.plugins.usage import Usage
 from outrider_agent.tasks import processes
 
+log = get_logger("outrider.plugins")
+
 #: Between two looks where a limit depends on them, and where none does, seconds.
 CLOSE_SECONDS: Final = 2.0
 CALM_SECONDS: Final = 15.0
 #: More processor time than allowed is a fault only over so long, seconds, and by so much.
 CPU_SECONDS: Final = 60.0
 CPU_SLACK: Final = 1.2
+#: Most faults of ours that are logged, each once.
+MOST_LOGGED: Final = 100
 
 
 @dataclass
@@ -47,6 +52,19 @@ class Watch:
     metrics: AgentMetrics
     work: Path
     _known: dict[str, _Known] = field(default_factory=dict)
+    #: What was logged of faults of ours: plug-in and kind of error.
+    _logged: set[tuple[str, str]] = field(default_factory=set)
+
+    def fault(self, name: str, error: Exception) -> None:
+        """A fault of ours in a look at a plug-in: counted, and logged once, and no more.
+
+        What a plug-in does to its files and processes must not end the agent.
+        """
+        self.metrics.plugin_faults.labels(name, "look").inc()
+        kind = (name, type(error).__name__)
+        if kind not in self._logged and len(self._logged) < MOST_LOGGED:
+            self._logged.add(kind)
+            log.error("a plug-in cannot be looked at", plugin=name, exc_info=error)
 
     def look_up(self, runners: Sequence[Runner]) -> Mapping[int, Usage]:
         """What they use, by the id of their process. Blocks; changes nothing."""
@@ -68,7 +86,10 @@ class Watch:
             self.metrics.plugin_rss.labels(name).set(use.rss)
             self.metrics.plugin_cpu.labels(name).set(use.cpu_seconds)
             self.metrics.plugin_descriptors.labels(name).set(use.descriptors)
-            self._check(runner, known, now)
+            try:
+                self._check(runner, known, now)
+            except Exception as error:  # noqa: BLE001 - the others are looked at all the same
+                self.fault(name, error)
         for name in set(self._known) - living:
             del self._known[name]
 
@@ -104,7 +125,11 @@ class Watch:
             known = self._known.get(runner.plugin.name)
             if instance is None or known is None or known.pid != instance.pid:
                 continue
-            fields = self._fields(runner, known, int(instance.started))
+            try:
+                fields = self._fields(runner, known, int(instance.started))
+            except Exception as error:  # noqa: BLE001 - the others have theirs all the same
+                self.fault(runner.plugin.name, error)
+                continue
             found.append(records.payload(records.PLUGIN_HEARTBEAT, int(time.time()), fields))
         return found
 
