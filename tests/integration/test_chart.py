@@ -400,7 +400,7 @@ def test_what_tasks_may_is_what_the_pod_can(helm: Helm, tmp_path: Path) -> None:
     users = agent_settings(objects, tmp_path).tasks
     assert (users.allow_host, users.allowed_users) == (False, ("nobody", "app"))
     context = pod_of(objects, "DaemonSet", AGENT)["containers"][0]["securityContext"]
-    added = ["SETUID", "SETGID", "KILL", "SYS_PTRACE"]
+    added = ["SETUID", "SETGID", "KILL", "SYS_PTRACE", "CHOWN", "FOWNER", "DAC_OVERRIDE"]
     assert context["capabilities"] == {"drop": ["ALL"], "add": added}
     assert context["privileged"] is False
 

@@ -96,7 +96,7 @@ class Plugin(Part, frozen=True):
         ],
         Meta(max_length=256),
     ] = {}
-    detail: Annotated[str, Meta(max_length=65_536)] = ""
+    detail: Annotated[str, Meta(max_length=65_536, pattern=r"^[^\x00]*$")] = ""
     resources: Resources = field(default_factory=Resources)
     user: Annotated[str, Meta(max_length=limits.USER_BYTES)] = ""
 

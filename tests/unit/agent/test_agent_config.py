@@ -76,6 +76,17 @@ class Machine(RuleBasedStateMachine):
         assert report.message == "no room"
         self.trying = None
 
+    @precondition(lambda self: self.trying is not None)
+    @rule()
+    def fail_in_part(self) -> None:
+        self.standing.failed("no way back", mixed=True)
+        self.trying, self.in_force = None, ""
+
+    @rule(name=HASHES)
+    def go_back(self, name: str) -> None:
+        self.standing.went_back(name)
+        self.in_force = name
+
     @precondition(lambda self: self.trying is not None and self.giving_up)
     @rule()
     def drop(self) -> None:

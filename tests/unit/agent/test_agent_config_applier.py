@@ -94,6 +94,32 @@ async def test_what_cannot_go_back_is_told(tmp_path: Path) -> None:
         assert bench.parts[0].value is None  # the others went back all the same
 
 
+async def test_what_could_not_go_back_is_in_force_again_only_when_it_is(tmp_path: Path) -> None:
+    async with applying(tmp_path, check_seconds=0.05) as bench:
+        bench.applier.ask(INFO)
+        await bench.stands(INFO, "APPLIED")
+        bench.parts[1].fail("switch", "undo", level="debug")
+        bench.parts[1].fail("prepare", level="info")
+        bench.applier.ask(DEBUG)
+        report = await bench.stands(DEBUG, "FAILED")
+        assert (report.hash, bench.applier.in_force) == ("", "")
+        await bench.until(lambda: bench.applier.report().drift)
+        assert "neither the old nor the new" in bench.applier.report().drift[0]
+        assert bench.values == ["info", "debug", "info"]
+        bench.parts[1].before.clear()
+        await bench.until(lambda: bench.applier.in_force == INFO.hash)
+        assert bench.values == ["info"] * 3
+        await bench.until(lambda: not bench.reports[-1].drift)
+        assert (bench.reports[-1].hash, bench.reports[-1].tried_hash) == (INFO.hash, DEBUG.hash)
+        # And where a server asks for the old one meanwhile, all of it is put into force.
+        bench.parts[1].fail("switch", "undo", level="debug")
+        bench.applier.ask(DEBUG)
+        await bench.stands(DEBUG, "FAILED")
+        bench.applier.ask(INFO)
+        await bench.stands(INFO, "APPLIED")
+        assert bench.values == ["info"] * 3
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -1,6 +1,8 @@
 """Whoever waits for plug-ins waits for a bounded time, and no two change them at once."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,25 @@ async def test_a_switch_that_nobody_waits_for_any_more_is_still_alone(
         assert order == ["begun", "ended"] * 2
         await bench.until(lambda: bench.state().healthy)
         assert len(bench.processes()) == 1
+
+
+async def test_a_plugin_whose_package_is_had_again_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def hang(*_: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with plugins_in(tmp_path) as bench:
+        await bench.apply(bench.plugin("emit 1"))
+        await bench.until(lambda: bench.state().healthy)
+        with monkeypatch.context() as patch:
+            patch.setattr(Packages, "again", hang)
+            bench.plugins._runners["wire"].package.executable.unlink()
+            os.kill(bench.pid(), signal.SIGKILL)
+            await begun.wait()
+            async with asyncio.timeout(10):
+                await bench.apply()
+        assert bench.plugins.states() == []

@@ -26,7 +26,9 @@ plugins = st.lists(
         env=st.dictionaries(
             st.from_regex(r"[A-Z_]{1,5}", fullmatch=True), st.just("x"), max_size=4
         ),
-        detail=st.text(max_size=20),
+        detail=st.text(
+            st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20
+        ),
     ),
     max_size=4,
     unique_by=lambda plugin: plugin.name,
@@ -80,6 +82,12 @@ def test_nothing_asked_for_is_an_empty_object() -> None:
 def test_what_is_no_configuration_is_refused(config: EffectiveConfig, words: str) -> None:
     with pytest.raises(eff.EffectiveError, match=words):
         eff.unpack(config)
+
+
+def test_what_no_environment_takes_is_refused() -> None:
+    plugin = eff.Plugin(name="fim", version="1", source=SOURCE, detail="a\0b")
+    with pytest.raises(eff.EffectiveError, match="detail"):
+        eff.unpack(eff.pack(eff.Effective(plugins=(plugin,))))
 
 
 def test_a_name_twice_is_refused() -> None:

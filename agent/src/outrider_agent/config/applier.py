@@ -105,6 +105,8 @@ class Applier:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _newer: asyncio.Event = field(default_factory=asyncio.Event)
     _notes: list[str] = field(default_factory=list)
+    #: Parts that could not go back to the one in force; tried again at each look.
+    _astray: list[Part] = field(default_factory=list)
     _last_told: pb.ConfigReport | None = None
 
     def __post_init__(self) -> None:
@@ -199,6 +201,7 @@ class Applier:
                 change = await part.prepare(Effective())
                 await change.switch()
                 changes.append(change)
+                self._astray = [other for other in self._astray if other is not part]
             except Exception as error:  # noqa: BLE001 - its check tells and tries again
                 log.error("the agent's own settings are not in force", error=_say(part, error))  # noqa: TRY400 - the text says it all
         for change in changes:
@@ -240,11 +243,11 @@ class Applier:
             self._standing.dropped()
             log.info("a newer configuration came", hash=config.hash)
         except ConfigError as error:
-            self._standing.failed(str(error))
+            self._standing.failed(str(error), mixed=bool(self._astray))
             log.error("configuration failed", hash=config.hash, error=str(error))  # noqa: TRY400 - the text says it all
         else:
             result = "applied"
-            self._force = config
+            self._force, self._astray = config, []
             self._standing.applied()
             log.info("configuration in force", hash=config.hash)
         self.metrics.config_applies.labels(result).inc()
@@ -333,6 +336,8 @@ class Applier:
                 await _bounded(part, change.undo(), SWITCH_SECONDS)
             except ConfigError as error:
                 unsaid.append(f"and it cannot go back: {error}")
+                if part not in self._astray:
+                    self._astray.append(part)
         if self.last_good is not None:
             await asyncio.to_thread(self.last_good.discard)
             # The file may be the new one already, if only the folder was not synced.
@@ -342,7 +347,7 @@ class Applier:
     # What differs.
 
     async def _look(self) -> None:
-        found = []
+        found = await self._return() if self._astray else []
         for part in self.parts:
             try:
                 found += await _bounded(part, part.check(), SWITCH_SECONDS)
@@ -357,6 +362,24 @@ class Applier:
             if self._standing.drift:
                 log.warning("not all is as configured", drift=" | ".join(self._standing.drift))
             self._told()
+
+    async def _return(self) -> list[str]:
+        """Try again to go back to the one in force; which parts cannot, as sentences."""
+        wanted = Effective() if self._force is None else effective.unpack(self._force)
+        left, found = [], []
+        for part in self._astray:
+            try:
+                change = await _bounded(part, part.prepare(wanted), SWITCH_SECONDS)
+                await _bounded(part, change.switch(), SWITCH_SECONDS)
+                await _bounded(part, change.finish(), SWITCH_SECONDS)
+            except ConfigError as error:
+                left.append(part)
+                found.append(f"neither the old nor the new one is in force: {error}")
+        self._astray = left
+        if not left:
+            self._standing.went_back("" if self._force is None else self._force.hash)
+            self._told()
+        return found
 
     async def _check_file(self, last_good: LastGood) -> list[str]:
         """Write the file anew if it is not what is in force."""

@@ -109,11 +109,22 @@ class Standing:
         self.drift = ()
         self._settle(self.in_force, pb.CONFIG_PHASE_APPLIED, "")
 
-    def failed(self, message: str) -> None:
-        """It was refused or could not be put into force; what was in force is so still."""
+    def failed(self, message: str, *, mixed: bool = False) -> None:
+        """It was refused or could not be put into force; what was in force is so still.
+
+        Args:
+            message: Why.
+            mixed: Whether parts of the agent could not go back: then none is in force whole.
+        """
         assert self._trying is not None
         self._trying = None
+        if mixed:
+            self.in_force = ""
         self._settle(self.tried, pb.CONFIG_PHASE_FAILED, message)
+
+    def went_back(self, in_force: str) -> None:
+        """All parts of the agent are again at the one that was in force last."""
+        self.in_force = in_force
 
     def dropped(self) -> None:
         """It was given up for another one before anything of it was in force.

@@ -205,7 +205,7 @@ class Runner:
     async def _start(self) -> Spawned:
         if not await in_thread("plug-in check", lambda: places.intact(self.package)):
             log.warning("a file of a plug-in was changed; put back", plugin=self.plugin.name)
-            self.package = await self.site.packages.again(self.plugin)
+            self.package = await self._again()
         children = self.site.children
         children.starting += 1
         try:
@@ -224,6 +224,21 @@ class Runner:
             return spawned
         finally:
             children.starting -= 1
+
+    async def _again(self) -> Package:
+        """Its package anew, unless it is to end: nobody waits for a download then."""
+        having = asyncio.ensure_future(self.site.packages.again(self.plugin))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({having, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            if not having.done():
+                having.cancel()
+                await asyncio.wait({having})
+        if having.cancelled():
+            raise PluginError(self.plugin.name, "Stopping", "it was ended before it began")
+        return having.result()
 
     def _spawn(self) -> Spawned:
         """Blocks."""
