@@ -118,7 +118,8 @@ def _run_plugin() -> None:
     package = plugins.pack(plugin["name"], paths.ROOT / PLUGIN / "filewatch")
     plugin |= plugins.publish(plugin["name"], plugin["version"], package)
     spec["rollout"]["canary"]["soakSeconds"] = SOAK_SECONDS
-    print(f"$ kubectl apply -f {PLUGIN}/agentconfig.yaml   # with the package's address and sha256")
+    changes = f"with the package's address and sha256, and soakSeconds: {SOAK_SECONDS}"
+    print(f"$ kubectl apply -f {PLUGIN}/agentconfig.yaml   # {changes}")
     print(api.kubectl("apply", "-f", "-", stdin=json.dumps(manifest)), end="")
     shown = ""
 
@@ -128,7 +129,8 @@ def _run_plugin() -> None:
         rollout = status.get("rollout", {})
         counts = {key: n for key, n in status.get("counts", {}).items() if n}
         line = ", ".join(f"{key} {n}" for key, n in counts.items())
-        if (line := f"{rollout.get('phase', '')}: {line}") != shown:
+        line = f"{rollout['phase']}: {line}" if rollout.get("phase") else shown
+        if line != shown:
             shown = line
             print(f"  {line}")
         return bool(status.get("observedGeneration") and rollout.get("phase") == "Settled")
@@ -165,8 +167,9 @@ def _show_records() -> None:
         for record in message.decoded.records:
             counts[record.data_type] += 1
             nodes.setdefault(record.data_type, set()).add(message.decoded.node)
+    names = {**records.NAMES, FILE_STATE: "the plug-in's"}
     rows = [
-        (str(kind), records.NAMES.get(kind, ""), str(number), str(len(nodes[kind])))
+        (str(kind), names.get(kind, ""), str(number), str(len(nodes[kind])))
         for kind, number in sorted(counts.items())
     ]
     _table("Records in Kafka", ("TYPE", "WHAT", "RECORDS", "NODES"), rows)
