@@ -78,7 +78,7 @@ fetch: setup ## build and fetch all that the tests need: Kubernetes, Kafka, Prom
 	PYTHONPATH=tests $(BIN)/python -m cluster.fetch --all
 
 .PHONY: test
-test: check fetch ## all tests: unit, integration, end to end (40 minutes cold, 20 warm)
+test: check fetch ## all tests: unit, integration, end to end (50 minutes cold, 30 warm)
 	$(PYTEST) tests/integration tests/e2e
 
 .PHONY: test-unit
