@@ -507,7 +507,9 @@ class RecordBatch(_message.Message):
     epoch: _builtins.int
     """The life of the agent's outbox file: a random number above 0, made anew with the file."""
     seq: _builtins.int
-    """Counts up from 1 within an epoch, without gaps."""
+    """Counts up from 1 within an epoch; numbers may be left out (a batch was split, or the agent was
+    killed), and none is given twice.
+    """
     codec: Global___Codec.ValueType
     """How `records` is compressed."""
     records: _builtins.bytes
