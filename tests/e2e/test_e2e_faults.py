@@ -126,6 +126,11 @@ def test_task_goes_on_while_all_servers_are_replaced(_installed: Any) -> None:
     _assert_ran_once(name, file)
 
 
+def _nobody_leaves() -> bool:
+    pods = [*_pods("server"), *_pods("agent")]
+    return not any(pod["metadata"].get("deletionTimestamp") for pod in pods)
+
+
 def _forward(pod: dict[str, Any]) -> int:
     """Make a server's port reachable from here; returns the port on 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -140,6 +145,7 @@ def _stored_certificate() -> str:
 
 
 def test_upgrade_with_a_new_certificate_disturbs_nothing(chart_values: dict[str, object]) -> None:
+    eventually("an end of the Pods of the test before", _nobody_leaves, 90)
     before = _uids("server") | _uids("agent")
     old = _stored_certificate()
     file = f"upgrade-{uuid.uuid4().hex[:8]}"
