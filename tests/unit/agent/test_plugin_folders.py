@@ -8,6 +8,9 @@ import pytest
 import structlog
 from fakes.plugin_bench import plugins_in
 from outrider_agent.plugins import places, removing, usage, watching
+from outrider_agent.plugins.packages import Packages
+from outrider_agent.settings import PluginsSettings
+from outrider_agent.tasks.program import Children
 from outrider_proto import records
 
 #: More than Python calls nest.
@@ -128,3 +131,13 @@ async def test_a_fault_in_a_look_is_logged_once_and_ends_nothing(
                 await bench.until(lambda: bench.value("faults_total", kind="look") > before)
             await bench.until(lambda: bench.sink.fields(records.PLUGIN_HEARTBEAT))
     assert len([line for line in lines if "cannot be looked at" in line["event"]]) == 1
+
+
+async def test_what_was_unpacked_is_removed_however_deep_it_is(deep: Path, tmp_path: Path) -> None:
+    unpacked = tmp_path / "plugins" / "unpacked"
+    unpacked.mkdir(parents=True)
+    deep.rename(unpacked / "x")
+    packages = Packages(tmp_path / "plugins", PluginsSettings(), Children())
+    packages.clear()
+    assert not unpacked.exists()
+    packages.clear()  # nothing is there: nothing happens

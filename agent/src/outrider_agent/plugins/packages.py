@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from outrider_runtime.logs import get_logger
 
 from outrider_agent.core.plugins import PluginError
 from outrider_agent.plugins import preparing
+from outrider_agent.plugins.removing import discard
 from outrider_agent.settings import PluginsSettings
 from outrider_agent.tasks.program import Children
 
@@ -84,7 +84,7 @@ class Packages:
 
     def clear(self) -> None:
         """Remove what an earlier agent unpacked. Blocks."""
-        shutil.rmtree(self._content, ignore_errors=True)
+        discard(self._content)
 
     async def have(self, wanted: Sequence[Plugin], keep: Collection[str]) -> Mapping[str, Package]:
         """The packages of these plug-ins, by the name of the plug-in.
@@ -122,7 +122,7 @@ class Packages:
         with contextlib.suppress(FileNotFoundError):
             for folder in self._content.iterdir():
                 if folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    discard(folder)
 
     async def _prepare(self, wanted: Sequence[Plugin], keep: Sequence[str]) -> None:
         settings = self.settings

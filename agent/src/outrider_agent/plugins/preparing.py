@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from outrider_agent.plugins.fetched import sha256_of
+from outrider_agent.plugins.removing import discard
 
 #: How long another one may be at work in the same folder, seconds.
 LOCK_SECONDS: Final = 20.0
@@ -113,10 +113,10 @@ def _answer(request: Request, wanted: Wanted, packages: Path) -> Answer:
     except FetchError as error:
         return Answer(wanted.name, reason="FetchFailed", message=f"cannot be fetched: {error}")
     except UnpackError as error:
-        shutil.rmtree(wanted.folder, ignore_errors=True)
+        discard(Path(wanted.folder))
         return Answer(wanted.name, reason="BadPackage", message=f"its package is bad: {error}")
     except OSError as error:
-        shutil.rmtree(wanted.folder, ignore_errors=True)
+        discard(Path(wanted.folder))
         text = f"cannot be put on disk: {error}; see to the disk of state.directory"
         return Answer(wanted.name, reason="DiskFailed", message=text)
 

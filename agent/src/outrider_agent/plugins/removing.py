@@ -5,9 +5,11 @@ nest, than descriptors last and than a path is long. So each folder with somethi
 to the top first: two descriptors at a time do. Never follows a link. Blocks.
 """
 
+import contextlib
 import errno
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +46,12 @@ def remove(path: Path, entries: int = ENTRIES) -> None:
     finally:
         os.close(top)
     path.rmdir()
+
+
+def discard(path: Path) -> None:
+    """Remove a folder with all in it, whatever it takes; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        remove(path, sys.maxsize)
 
 
 def _empty(folder: int, top: int, left: int) -> tuple[list[str], int]:
